@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::identity::{SpiffeId, TrustDomain};
@@ -40,6 +40,15 @@ pub struct Workload {
     pub spiffe_id: Option<SpiffeId>,
     /// Where its identity comes from.
     pub source: SourceKind,
+}
+
+impl Workload {
+    /// A pod of which only the netns is known: one that an earlier agent enrolled and nobody configures any more.
+    pub fn nameless(key: WorkloadKey, netns: &Path) -> Self {
+        let (service_account, labels, ips) = Default::default();
+        let source = SourceKind::Files;
+        Self { key, service_account, labels, netns: netns.to_owned(), ips, spiffe_id: None, source }
+    }
 }
 
 /// Where a workload's identity comes from.

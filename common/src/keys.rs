@@ -136,3 +136,6 @@ pub const OUTBOUND: u32 = 1;
 /// The mark bit on captured sockets. Chosen away from Kubernetes (0x4000, 0x8000), Cilium (0x0f00), VPC CNI (0x80)
 /// and Istio (0x539, 0x111); the mark never leaves the pod's netns.
 pub const MARK: u32 = 0x2000_0000;
+
+/// The mark bit on the agent's own sockets inside pods, which sock_diag shows: nobody destroys them by mistake.
+pub const AGENT_MARK: u32 = 0x1000_0000;

@@ -1,0 +1,274 @@
+//! The one task that changes anything: merges what arrives into a new snapshot, publishes it, then brings kernel and pods
+//! in line. The data path never waits for it.
+
+mod lifecycle;
+pub mod status;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use sealane_common::reason::Reason;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use self::lifecycle::Life;
+use self::status::{PodStatus, Status};
+use crate::config::Config;
+use crate::config::watch::Reload;
+use crate::kernel::{Kernel, KernelError, Writer};
+use crate::proxy::Ctx;
+use crate::snapshot::{IdentityState, LocalWorkload, Publisher, Snapshot};
+use crate::source::{IdentityUpdate, Sources};
+use crate::tls::WorkloadTls;
+use crate::workload::{Mode, Workload, WorkloadKey};
+
+/// How often pods that wait, leave or are gone are looked at.
+const TICK: Duration = Duration::from_millis(200);
+/// How often the set of listening ports is reconciled: a port that closed is refused with the agent's reset until then.
+const RECOUNT: Duration = Duration::from_secs(2);
+
+/// What the control task starts with.
+pub struct Control {
+    /// The configuration in force.
+    pub config: Config,
+    /// Where it was read, to read it again.
+    pub config_path: std::path::PathBuf,
+    /// The kernel's side.
+    pub kernel: Kernel,
+    /// Where identities come from.
+    pub sources: Sources,
+    /// To the data path.
+    pub publisher: Publisher,
+    /// For the pods' listeners.
+    pub ctx: Arc<Ctx>,
+    /// For the admin endpoint.
+    pub status: Arc<Status>,
+    /// Set when another agent has taken over: this one writes nothing from then on.
+    pub superseded: watch::Sender<bool>,
+}
+
+/// What arrives.
+pub struct Inputs {
+    /// The file changed, or SIGHUP.
+    pub reloads: mpsc::Receiver<Reload>,
+    /// From the identity sources.
+    pub identities: mpsc::Receiver<IdentityUpdate>,
+    /// The process ends: close what is open with this reason.
+    pub stop: watch::Receiver<Option<Reason>>,
+}
+
+struct Task {
+    control: Control,
+    identities: HashMap<WorkloadKey, IdentityState>,
+    pods: HashMap<WorkloadKey, Life>,
+    /// Enrolments that an agent before made and the configuration does not know.
+    orphans_seen: bool,
+    previous: Arc<Snapshot>,
+    changes: mpsc::Sender<u32>,
+    started: Instant,
+    recounted: Instant,
+    expired: HashSet<WorkloadKey>,
+    took_over: bool,
+}
+
+impl Control {
+    /// Runs until `stop` is set; returns when every connection of every pod has ended.
+    pub async fn run(self, first: Arc<Snapshot>, mut inputs: Inputs) {
+        let (changes, mut changed) = mpsc::channel(256);
+        let mut task = Task {
+            control: self,
+            identities: HashMap::new(),
+            pods: HashMap::new(),
+            orphans_seen: false,
+            previous: first,
+            changes,
+            started: Instant::now(),
+            recounted: Instant::now(),
+            expired: HashSet::new(),
+            took_over: false,
+        };
+        for workload in task.control.config.workloads.clone() {
+            task.control.sources.watch(&workload);
+        }
+        task.apply().await;
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                Some(Reload) = inputs.reloads.recv() => task.reload().await,
+                Some(update) = inputs.identities.recv() => {
+                    task.identity(update);
+                    while let Ok(update) = inputs.identities.try_recv() {
+                        task.identity(update);
+                    }
+                    task.apply().await;
+                }
+                Some(pod_id) = changed.recv() => task.network_changed(pod_id).await,
+                _ = tick.tick() => task.tick().await,
+                _ = inputs.stop.wait_for(Option::is_some) => break,
+            }
+        }
+        let reason = inputs.stop.borrow().unwrap_or(Reason::Draining);
+        task.close(reason).await;
+    }
+}
+
+impl Task {
+    async fn reload(&mut self) {
+        let loaded = Config::load(&self.control.config_path)
+            .and_then(|new| Config::reload_check(&self.control.config, &new).map(|()| new));
+        match loaded {
+            Err(errors) => {
+                tracing::error!(%errors, "configuration refused; the old one stays in force");
+                self.control.status.set_config_error(Some(errors.to_string()));
+            }
+            Ok(new) if new == self.control.config => self.control.status.set_config_error(None),
+            Ok(new) => {
+                self.control.status.set_config_error(None);
+                for workload in self.control.config.workloads.iter().filter(|w| !new.workloads.contains(w)) {
+                    self.control.sources.forget(&workload.key);
+                }
+                for workload in new.workloads.iter().filter(|w| !self.control.config.workloads.contains(w)) {
+                    self.control.sources.watch(workload);
+                }
+                self.control.config = new;
+                tracing::info!("configuration reloaded");
+                self.apply().await;
+            }
+        }
+    }
+
+    fn identity(&mut self, update: IdentityUpdate) {
+        let state = match update.identity {
+            Ok(identity) => match WorkloadTls::new(identity) {
+                Ok(tls) => IdentityState::Ready(Arc::new(tls)),
+                Err(error) => {
+                    tracing::error!(workload = %update.workload, %error, "the new SVID cannot be used; the old one stays");
+                    return;
+                }
+            },
+            Err(Reason::IdentityWithdrawn) => IdentityState::Withdrawn,
+            Err(_) => IdentityState::Pending,
+        };
+        match &state {
+            IdentityState::Ready(tls) => {
+                let svid = &tls.identity().svid;
+                self.control.ctx.metrics.svid_expiry(&update.workload, Some(svid.not_after));
+                tracing::info!(workload = %update.workload, id = %svid.id, "SVID");
+            }
+            IdentityState::Pending | IdentityState::Withdrawn => {
+                self.control.ctx.metrics.svid_expiry(&update.workload, None);
+                tracing::warn!(workload = %update.workload, "no SVID");
+            }
+        }
+        self.identities.insert(update.workload, state);
+    }
+
+    /// New snapshot, published; then pods and maps follow it.
+    async fn apply(&mut self) {
+        self.publish();
+        let writer = match self.control.kernel.writer() {
+            Ok(writer) => writer,
+            Err(error) => return self.lost(error),
+        };
+        self.leave_removed(&writer);
+        if self.enrol_waiting(&writer).await {
+            self.publish();
+        }
+        self.follow_policy(&writer);
+        if let Err(error) = self.control.kernel.sync_mesh(&writer, &self.previous) {
+            tracing::error!(%error, "mesh destinations");
+        }
+        self.finish_takeover(&writer).await;
+        drop(writer);
+        self.show();
+    }
+
+    fn publish(&mut self) {
+        let announced: HashSet<WorkloadKey> =
+            self.pods.iter().filter(|(_, life)| life.is_announced()).map(|(key, _)| key.clone()).collect();
+        let mut config = self.control.config.clone();
+        config.workloads.extend(self.pods.values().filter_map(Life::leaving).cloned());
+        let epoch = self.previous.epoch + 1;
+        let mut snapshot = Snapshot::build(epoch, &config, &self.identities, &announced, Some(&self.previous));
+        // A pod that leaves accepts both, whatever its policy: its peers learn of it at different moments.
+        for workload in self.pods.values().filter_map(Life::leaving) {
+            if let Some(local) = snapshot.workloads.get(&workload.key) {
+                let open = LocalWorkload {
+                    workload: local.workload.clone(),
+                    identity: local.identity.clone(),
+                    listener: local.listener.clone().with_mode(Mode::Permissive),
+                };
+                snapshot.workloads.insert(workload.key.clone(), Arc::new(open));
+            }
+        }
+        self.previous = Arc::new(snapshot);
+        self.control.publisher.publish(Arc::clone(&self.previous));
+    }
+
+    /// Orphans go and links are replaced once every pod that could be taken over has been.
+    async fn finish_takeover(&mut self, writer: &Writer) {
+        if self.took_over {
+            return;
+        }
+        self.took_over = true;
+        self.adopt_orphans(writer).await;
+        if let Err(error) = self.control.kernel.finish_takeover(writer) {
+            tracing::error!(%error, "takeover");
+            self.control.status.set_failure(error.to_string());
+        }
+    }
+
+    async fn tick(&mut self) {
+        if *self.control.superseded.borrow() {
+            return;
+        }
+        let writer = match self.control.kernel.writer() {
+            Ok(writer) => writer,
+            Err(error) => return self.lost(error),
+        };
+        if self.recounted.elapsed() >= RECOUNT {
+            self.recounted = Instant::now();
+            self.recount_listeners();
+        }
+        let left = self.progress_leaving(&writer).await;
+        let gone = self.bury_gone(&writer);
+        drop(writer);
+        let now = SystemTime::now();
+        let expired = |(key, state): (&WorkloadKey, &IdentityState)| {
+            (state.usable(now) == Err(Reason::SvidExpired)).then(|| key.clone())
+        };
+        let expired: HashSet<_> = self.identities.iter().filter_map(expired).collect();
+        let newly_expired = expired != self.expired;
+        self.expired = expired;
+        let waiting = self.control.config.workloads.iter().any(|w| self.wants_enrolment(w));
+        if left || gone || newly_expired || waiting {
+            self.apply().await;
+        } else {
+            self.show();
+        }
+    }
+
+    /// Another agent writes now; this one serves what is open.
+    fn lost(&mut self, error: KernelError) {
+        match error {
+            KernelError::Superseded => {
+                if !self.control.superseded.send_replace(true) {
+                    tracing::info!("another agent has taken over; this one only drains from here on");
+                }
+            }
+            error => tracing::error!(%error, "the maps cannot be written"),
+        }
+    }
+
+    fn show(&self) {
+        let waited = self.started.elapsed() >= self.control.config.timeouts.svid_wait;
+        let settled = |w: &Workload| !w.netns.exists() || matches!(self.pods.get(&w.key), Some(Life::Enrolled(_)));
+        let ready = waited || self.control.config.workloads.iter().all(settled);
+        let pods: Vec<PodStatus> = self.pods.iter().map(|(key, life)| life.status(key)).collect();
+        let enrolled = self.pods.values().filter(|life| matches!(life, Life::Enrolled(_))).count();
+        self.control.ctx.metrics.pods_enrolled(enrolled);
+        self.control.status.set_pods(pods, ready);
+    }
+}
