@@ -6,8 +6,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
 pub mod cgroup;
+pub mod config;
+pub mod http;
 pub mod lab;
+pub mod metrics;
 pub mod names;
 pub mod netns;
 pub mod pod;
