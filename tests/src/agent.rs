@@ -1,0 +1,211 @@
+//! An agent as a process on a lab's node, and what it tells about itself.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::config::Config;
+use crate::http::{self, Response};
+use crate::lab::{Node, command};
+use crate::metrics::Metrics;
+use crate::pod::binary;
+use crate::poll;
+
+/// How long an agent has to come up, or to end.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Lines of its log that a failed test shows.
+const SHOWN: usize = 150;
+
+static STARTED: AtomicU32 = AtomicU32::new(0);
+
+/// A running agent; dropping it kills the process and shows the end of its log (which the test harness prints for failed
+/// tests alone).
+#[derive(Debug)]
+pub struct Agent {
+    /// The node that it serves.
+    pub node: Arc<Node>,
+    /// Where its log goes.
+    pub log_file: PathBuf,
+    /// Show the log when dropped.
+    pub show_log: bool,
+    admin: SocketAddr,
+    child: Child,
+}
+
+impl Agent {
+    /// Starts it and waits until it is ready.
+    pub fn start(node: &Arc<Node>, config: &Config) -> Result<Self> {
+        let agent = Self::spawn(node, config)?;
+        agent.wait_ready()?;
+        Ok(agent)
+    }
+
+    /// Starts it in a cgroup of its own beside the pods'.
+    pub fn spawn(node: &Arc<Node>, config: &Config) -> Result<Self> {
+        let cgroup = node.cgroup().join("agent");
+        fs::create_dir_all(&cgroup)?;
+        Self::spawn_in(node, config, &cgroup)
+    }
+
+    /// Starts it in this cgroup, which must exist.
+    pub fn spawn_in(node: &Arc<Node>, config: &Config, cgroup: &Path) -> Result<Self> {
+        write(node, &config.yaml()?)?;
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
+        let log_file = node.dir().join(format!("{}-agent-{number}.log", node.name));
+        let log = File::create(&log_file)?;
+        let mut agent = sealane(node, cgroup, "agent")?;
+        agent.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let child = agent.spawn().context("cannot start the agent")?;
+        Ok(Self { node: Arc::clone(node), log_file, show_log: true, admin: config.admin.listen, child })
+    }
+
+    /// Waits until `/readyz` answers 200; fails at once where the process has ended.
+    pub fn wait_ready(&self) -> Result<()> {
+        let ready = poll::until("the agent is ready", PATIENCE, || {
+            if !self.is_alive() {
+                return Some(Err(anyhow::anyhow!("the agent has ended")));
+            }
+            self.get("/readyz").is_ok_and(|answer| answer.status == 200).then_some(Ok(()))
+        });
+        ready.and_then(|inner| inner).with_context(|| format!("{}:\n{}", self.node.name, self.log_tail()))
+    }
+
+    /// Rewrites the configuration and sends SIGHUP; the effect comes when it comes.
+    pub fn reload(&self, config: &Config) -> Result<()> {
+        self.reload_text(&config.yaml()?)
+    }
+
+    /// The same with any text.
+    pub fn reload_text(&self, text: &str) -> Result<()> {
+        write(&self.node, text)?;
+        self.signal(Signal::SIGHUP)
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(self.pid(), signal)?)
+    }
+
+    /// SIGTERM, and its end.
+    pub fn stop(&mut self) -> Result<ExitStatus> {
+        self.signal(Signal::SIGTERM)?;
+        self.wait_end(PATIENCE)
+    }
+
+    /// SIGKILL, and its end.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        self.child.kill()?;
+        Ok(self.child.wait()?)
+    }
+
+    /// Waits for the process to end.
+    pub fn wait_end(&mut self, within: Duration) -> Result<ExitStatus> {
+        let child = &mut self.child;
+        poll::until("the agent has ended", within, || child.try_wait().transpose())?.context("cannot wait for the agent")
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
+    }
+
+    /// GET from the admin listener, from within the node.
+    pub fn get(&self, path: &str) -> Result<Response> {
+        self.node.netns.run(|| http::get(self.admin, path))
+    }
+
+    /// `/metrics`.
+    pub fn metrics(&self) -> Result<Metrics> {
+        Ok(Metrics::parse(&self.ok("/metrics")?))
+    }
+
+    /// `/state`.
+    pub fn state(&self) -> Result<Value> {
+        Ok(serde_json::from_str(&self.ok("/state")?)?)
+    }
+
+    /// Everything that it has logged; lines that are not JSON are left out.
+    pub fn log(&self) -> Vec<Value> {
+        let text = fs::read_to_string(&self.log_file).unwrap_or_default();
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
+    /// The access log: one object of fields for each connection that has ended or was refused.
+    pub fn access(&self) -> Vec<Value> {
+        let entries = self.log().into_iter().filter(|line| line["target"] == "access");
+        entries.map(|mut line| if line["fields"].is_object() { line["fields"].take() } else { line }).collect()
+    }
+
+    /// Waits for an entry of the access log, old or new, that `matches`.
+    pub fn wait_access(&self, what: &str, matches: impl Fn(&Value) -> bool) -> Result<Value> {
+        let found = poll::until(what, PATIENCE, || self.access().into_iter().find(&matches));
+        found.with_context(|| format!("access log of {}: {:#?}", self.node.name, self.access()))
+    }
+
+    /// The end of the log, as text.
+    pub fn log_tail(&self) -> String {
+        let text = fs::read_to_string(&self.log_file).unwrap_or_default();
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(SHOWN)..].join("\n")
+    }
+
+    fn ok(&self, path: &str) -> Result<String> {
+        let answer = self.get(path)?;
+        ensure!(answer.status == 200, "{path}: {} {}", answer.status, answer.body);
+        Ok(answer.body)
+    }
+
+    /// A zombie, which only [`Self::wait_end`] reaps, counts as ended.
+    fn is_alive(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if self.show_log {
+            eprintln!("--- {} ({})\n{}", self.node.name, self.log_file.display(), self.log_tail());
+        }
+    }
+}
+
+/// `sealane uninstall` with the configuration last written for the node.
+pub fn uninstall(node: &Node) -> Result<()> {
+    let out = sealane(node, &node.cgroup().join("system"), "uninstall")?.output()?;
+    if !out.status.success() {
+        bail!("sealane uninstall: {}\n{}", out.status, String::from_utf8_lossy(&out.stderr));
+    }
+    Ok(())
+}
+
+/// Where the node's configuration lies.
+pub fn config_file(node: &Node) -> PathBuf {
+    node.dir().join(format!("{}.yaml", node.name))
+}
+
+fn sealane(node: &Node, cgroup: &Path, subcommand: &str) -> Result<Command> {
+    let mut sealane = command(cgroup, &node.netns, &binary("sealane")?);
+    sealane.arg(subcommand).arg("--config").arg(config_file(node));
+    Ok(sealane)
+}
+
+/// Whole or not at all: the agent watches the file.
+fn write(node: &Node, text: &str) -> Result<()> {
+    let path = config_file(node);
+    let fresh = path.with_extension("new");
+    fs::write(&fresh, text)?;
+    Ok(fs::rename(fresh, path)?)
+}

@@ -1,0 +1,95 @@
+//! What `testpod` prints: one JSON object a line.
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+/// A line of `testpod serve`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// It listens.
+    Listening {
+        /// Where.
+        local: SocketAddr,
+    },
+    /// It has accepted a connection.
+    Accepted {
+        /// What accept(2) reported; an IPv4-mapped address is shown as IPv4.
+        peer: SocketAddr,
+        /// What getpeername(2) reports; `None` where it fails, as after a reset.
+        getpeername: Option<SocketAddr>,
+        /// What getsockname(2) reports.
+        local: SocketAddr,
+    },
+    /// A connection has ended, or a datagram was received.
+    Closed {
+        /// As in `Accepted`.
+        peer: SocketAddr,
+        /// Bytes received.
+        received: u64,
+        /// Their digest, in hex.
+        sha256: String,
+        /// How reading ended.
+        end: End,
+    },
+}
+
+/// How a stream of bytes ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// In order.
+    Eof,
+    /// By a reset.
+    Reset,
+    /// Not within the time limit.
+    Timeout,
+    /// The reader had what it wanted.
+    Enough,
+    /// By another error.
+    Error,
+    /// The connection was never made.
+    Never,
+}
+
+/// The result of `testpod connect`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The handshake of TCP was done.
+    pub connected: bool,
+    /// The first error, by its name in errno(3); a time limit of the program's own is `TIMEOUT`.
+    pub error: Option<String>,
+    /// The first error that a socket option gave; the connection went on without it.
+    pub option_error: Option<String>,
+    /// What getpeername(2) reports.
+    pub peer: Option<SocketAddr>,
+    /// What getsockname(2) reports.
+    pub local: Option<SocketAddr>,
+    /// Bytes written.
+    pub sent: u64,
+    /// Digest of the bytes written, in hex.
+    pub sent_sha256: String,
+    /// Bytes received.
+    pub received: u64,
+    /// Their digest, in hex.
+    pub sha256: String,
+    /// The first 4,096 of them, as text.
+    pub text: String,
+    /// How reading ended.
+    pub end: End,
+    /// From before connect(2) to after it.
+    pub connect_ms: u64,
+}
+
+impl Outcome {
+    /// Everything sent came back, and the stream ended in order.
+    pub fn echoed(&self) -> bool {
+        self.connected && self.sent > 0 && self.sha256 == self.sent_sha256 && matches!(self.end, End::Eof | End::Enough)
+    }
+
+    /// Not one byte came back, and the connection was refused, reset or ended.
+    pub fn refused(&self) -> bool {
+        self.received == 0 && matches!(self.end, End::Reset | End::Never | End::Eof)
+    }
+}
