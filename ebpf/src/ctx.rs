@@ -160,11 +160,9 @@ pub fn keep_long_option(ctx: &SockoptContext) {
 #[inline(always)]
 pub fn ends(ctx: &SockOpsContext) -> (Endpoint, Endpoint) {
     let ops: *mut bpf_sock_ops = ctx.ops;
-    let (local, remote) = if read!(ops, family) == AF_INET {
-        (Addr::from_v4_word(read!(ops, local_ip4)), Addr::from_v4_word(read!(ops, remote_ip4)))
-    } else {
-        (Addr::from_words(words!(ops, local_ip6)), Addr::from_words(words!(ops, remote_ip6)))
-    };
+    let family = read!(ops, family);
+    let local = either(family, read!(ops, local_ip4), words!(ops, local_ip6));
+    let remote = either(family, read!(ops, remote_ip4), words!(ops, remote_ip6));
     // local_port is in host order, remote_port in network order in a u32.
     let local_port = read!(ops, local_port) as u16;
     (Endpoint { addr: local, port: local_port }, Endpoint { addr: remote, port: network_port(read!(ops, remote_port)) })
@@ -231,11 +229,9 @@ pub fn lookup_protocol(ctx: &SkLookupContext) -> u32 {
 #[inline(always)]
 pub fn lookup(ctx: &SkLookupContext) -> Lookup {
     let sl: *mut bpf_sk_lookup = ctx.lookup;
-    let (local, remote) = if read!(sl, family) == AF_INET {
-        (Addr::from_v4_word(read!(sl, local_ip4)), Addr::from_v4_word(read!(sl, remote_ip4)))
-    } else {
-        (Addr::from_words(words!(sl, local_ip6)), Addr::from_words(words!(sl, remote_ip6)))
-    };
+    let family = read!(sl, family);
+    let local = either(family, read!(sl, local_ip4), words!(sl, local_ip6));
+    let remote = either(family, read!(sl, remote_ip4), words!(sl, remote_ip6));
     let local = Endpoint { addr: local, port: read!(sl, local_port) as u16 };
     Lookup { local, remote, ingress_ifindex: read!(sl, ingress_ifindex) }
 }
@@ -255,6 +251,12 @@ pub fn atomic_add(value: *mut i64, delta: i64) {
     unsafe {
         core::sync::atomic::AtomicI64::from_ptr(value).fetch_add(delta, core::sync::atomic::Ordering::Relaxed);
     }
+}
+
+/// Both forms are read before the branch: reads behind it would be merged into one of a computed offset.
+#[inline(always)]
+fn either(family: u32, v4: u32, v6: [u32; 4]) -> Addr {
+    if family == AF_INET { Addr::from_v4_word(v4) } else { Addr::from_words(v6) }
 }
 
 #[inline(always)]

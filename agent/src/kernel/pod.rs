@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -113,7 +114,7 @@ impl Kernel {
         let sockets = self.listen(pod)?;
         for (direction, socket) in [(INBOUND, &sockets.inbound), (OUTBOUND, &sockets.outbound)] {
             let key = ListenerKey { pod_id: id, direction };
-            self.maps.listeners.insert(key, socket, 0).map_err(map_error("LISTENERS"))?;
+            self.maps.listeners.insert(key, socket.as_raw_fd(), 0).map_err(map_error("LISTENERS"))?;
         }
         links::attach_lookup(&pod.netns, id, &self.dir)?;
         pod.routes.ensure(&pod.network, &pod.workload.ips).await?;
