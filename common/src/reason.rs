@@ -42,6 +42,7 @@ reasons! {
     IdentityWithdrawn = "identity_withdrawn", "the workload's SVID was withdrawn";
     SvidExpired = "svid_expired", "the workload's own SVID has expired";
     UnknownWorkload = "unknown_workload", "the pod is not enrolled any more";
+    UnknownDestination = "unknown_destination", "the destination is not the mesh's any more";
     NoEndpoint = "no_endpoint", "the service has no endpoint for this port and address family";
     PeerConflict = "peer_conflict", "two workloads claim the destination's address";
 
