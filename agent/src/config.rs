@@ -13,6 +13,7 @@ mod values;
 pub mod watch;
 
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use serde_saphyr::{Location, UserMessageFormatter};
@@ -24,7 +25,7 @@ use crate::snapshot::{Limits, Timeouts};
 use crate::workload::{Peer, Policy, Service, SourceKind, Workload};
 
 /// A configuration that has been judged good.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// This node's name.
     pub node: String,
@@ -72,7 +73,7 @@ pub struct Capture {
     /// Directory for pins, in a BPF file system.
     pub bpffs: PathBuf,
     /// Four consecutive ports: two for each of the two agents that live side by side during an upgrade.
-    pub ports: [u16; 4],
+    pub ports: RangeInclusive<u16>,
 }
 
 impl Default for Capture {
@@ -80,13 +81,13 @@ impl Default for Capture {
         Self {
             cgroup: "/sys/fs/cgroup/kubepods.slice".into(),
             bpffs: "/sys/fs/bpf/sealane".into(),
-            ports: [15001, 15002, 15003, 15004],
+            ports: 15001..=15004,
         }
     }
 }
 
 /// The file, and where it says what only a restart can change.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Places {
     file: PathBuf,
     trust_domain: Location,

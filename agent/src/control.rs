@@ -92,11 +92,13 @@ impl Control {
             task.control.sources.watch(&workload);
         }
         task.apply().await;
+        // The file may have changed between the first reading and the watch.
+        task.reload().await;
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                Some(Reload) = inputs.reloads.recv() => task.reload().await,
+                Some(_) = inputs.reloads.recv() => task.reload().await,
                 Some(update) = inputs.identities.recv() => {
                     task.identity(update);
                     while let Ok(update) = inputs.identities.try_recv() {

@@ -92,6 +92,16 @@ impl Listener {
     }
 }
 
+impl Listener {
+    /// The same with one mode for all ports that are captured at all.
+    #[must_use]
+    pub fn with_mode(mut self, mode: Mode) -> Self {
+        let rules = std::iter::once(&mut self.default).chain(self.ports.values_mut());
+        rules.filter(|rule| rule.mode != Mode::Disabled).for_each(|rule| rule.mode = mode);
+        self
+    }
+}
+
 /// What holds for one port of a workload.
 #[derive(Clone)]
 pub struct PortRule {
@@ -161,7 +171,8 @@ impl Default for Limits {
 }
 
 impl Snapshot {
-    /// The snapshot of a configuration and the identities known so far (absent is pending).
+    /// The snapshot of a configuration and the identities known so far (absent is pending). Peers learn of this node's
+    /// workloads that are `announced`: those whose listeners stand.
     ///
     /// TLS servers are taken over from `previous` where identity and `allow` are the same, so that an unrelated change
     /// builds none; and so is the last known ID of a workload whose SVID was withdrawn.
@@ -169,6 +180,7 @@ impl Snapshot {
         epoch: u64,
         config: &Config,
         identities: &HashMap<WorkloadKey, IdentityState>,
+        announced: &HashSet<WorkloadKey>,
         previous: Option<&Self>,
     ) -> Self {
         let workloads: HashMap<_, _> = config
@@ -182,7 +194,7 @@ impl Snapshot {
                 (key.clone(), Arc::new(LocalWorkload { workload: workload.clone(), identity, listener }))
             })
             .collect();
-        let Destinations { peers, conflicts, services } = destinations::destinations(config, &workloads, previous);
+        let Destinations { peers, conflicts, services } = destinations::destinations(config, &workloads, announced, previous);
         Self {
             epoch,
             trust_domain: config.trust_domain.clone(),

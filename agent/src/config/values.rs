@@ -1,6 +1,7 @@
 //! Scalars of the file: from text to value, or why not. The reason continues the sentence `field "text" ...`.
 
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
@@ -42,7 +43,7 @@ pub(super) fn port(text: &str) -> Result<u16, String> {
 }
 
 /// `15001-15004`: four ports, two for each of the two agents that live side by side during an upgrade.
-pub(super) fn four_ports(text: &str) -> Result<[u16; 4], String> {
+pub(super) fn four_ports(text: &str) -> Result<RangeInclusive<u16>, String> {
     let (first, last) = text.split_once('-').ok_or("must be four ports, as 15001-15004")?;
     let (first, last) = (port(first.trim())?, port(last.trim())?);
     if first < 1024 {
@@ -51,7 +52,7 @@ pub(super) fn four_ports(text: &str) -> Result<[u16; 4], String> {
     if u32::from(last) != u32::from(first) + 3 {
         return Err("must be exactly four ports, as 15001-15004".into());
     }
-    Ok([first, first + 1, first + 2, last])
+    Ok(first..=last)
 }
 
 /// An address that a pod or a service can have.

@@ -19,10 +19,12 @@ pub(super) struct Destinations {
 pub(super) fn destinations(
     config: &Config,
     workloads: &HashMap<WorkloadKey, Arc<LocalWorkload>>,
+    announced: &HashSet<WorkloadKey>,
     previous: Option<&Snapshot>,
 ) -> Destinations {
     let conflicts = conflicts(config);
-    let announced = workloads.values().filter_map(|local| announced(local, previous));
+    let announced = workloads.values().filter(|local| announced.contains(&local.workload.key));
+    let announced = announced.filter_map(|local| as_peer(local, previous));
     let mut peers = HashMap::new();
     for peer in config.peers.iter().cloned().chain(announced).map(Arc::new) {
         for ip in peer.ips.iter().filter(|ip| !conflicts.contains(ip)) {
@@ -70,7 +72,7 @@ fn conflicts(config: &Config) -> HashSet<IpAddr> {
 }
 
 /// What a workload of this node is to the others, where it is announced.
-fn announced(local: &LocalWorkload, previous: Option<&Snapshot>) -> Option<Peer> {
+fn as_peer(local: &LocalWorkload, previous: Option<&Snapshot>) -> Option<Peer> {
     let ports = local.listener.ports.iter().map(|(port, rule)| (*port, rule.mode)).collect();
     let workload = &local.workload;
     Some(Peer {
