@@ -68,6 +68,7 @@ reasons! {
     CertificateNotYetValid = "certificate_not_yet_valid", "the peer's certificate is not valid yet";
     CertificateUntrusted = "certificate_untrusted", "the peer's certificate leads to no root of its trust domain";
     CertificateIsCa = "certificate_is_ca", "the peer's certificate is a signing certificate";
+    CertificateNotLeaf = "certificate_not_leaf", "the peer's certificate does not say that it is an end-entity certificate";
     CertificateKeyUsage = "certificate_key_usage", "the peer's certificate lacks the key usage of an SVID";
     CertificateExtendedUsage = "certificate_extended_usage", "the peer's certificate is not for TLS client and server use";
     CertificateSignature = "certificate_signature", "a signature in the peer's certificate chain is wrong";
