@@ -8,16 +8,17 @@ use anyhow::Context as _;
 use sealane_common::reason::Reason;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
-use crate::admin::{self, Admin};
+use crate::admin::{self, Admin, AdminConfig, Providers};
 use crate::config::{Config, watch as config_watch};
 use crate::control::status::Status;
 use crate::control::{Control, Inputs};
-use crate::kernel::{Kernel, cgroup, maps};
+use crate::kernel::cgroup::{self, Leaf};
+use crate::kernel::{self, Kernel, maps};
 use crate::metrics::Metrics;
 use crate::proxy::Ctx;
-use crate::snapshot::{Publisher, Snapshot};
+use crate::snapshot::{Publisher, Reader, Snapshot};
 use crate::source::{Sources, SourcesConfig};
 
 /// How long an agent that was replaced keeps its listeners open: a handshake that was half done at the takeover completes on
@@ -30,32 +31,25 @@ pub fn run(config_path: &Path) -> anyhow::Result<()> {
     harden()?;
     // Before any thread or socket: both belong to the cgroup they were made in.
     let leaf = cgroup::enter_leaf(&config.capture.cgroup)?;
-    let kernel = Kernel::open(config.capture.clone(), leaf)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(serve(config, config_path, kernel))
+    runtime.block_on(serve(config, config_path, leaf))
 }
 
-async fn serve(config: Config, config_path: &Path, kernel: Kernel) -> anyhow::Result<()> {
+async fn serve(config: Config, config_path: &Path, leaf: Leaf) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let drain = config.timeouts.drain;
-    let (identities_tx, identities) = mpsc::channel(256);
     let first = Snapshot::build(0, &config, &Default::default(), &Default::default(), None);
-    let (publisher, reader) = Publisher::new(first);
-    let first = Arc::clone(&reader.borrow());
-    let events_dir = kernel.dir().to_owned();
-    let metrics = Arc::new(Metrics::new(move || maps::events(&events_dir).unwrap_or_default()));
+    let (publisher, snapshots) = Publisher::new(first);
+    let first = Arc::clone(&snapshots.borrow());
+    let pins = kernel::layout_dir(&config.capture.bpffs);
+    let metrics = Arc::new(Metrics::new(snapshots.clone(), Arc::new(move || maps::events(&pins).unwrap_or_default())));
     let status = Arc::new(Status::default());
-    let ctx = Arc::new(Ctx { snapshots: reader.clone(), metrics: Arc::clone(&metrics) });
-    let _admin = admin::start(Admin {
-        listen: config.admin,
-        metrics_listen: config.metrics,
-        node: config.node.clone(),
-        snapshots: reader,
-        metrics,
-        status: Arc::clone(&status),
-    })
-    .context("admin")?;
+    // Before the takeover, after which the agent before closes its own.
+    let admin = start_admin(&config, &snapshots, &metrics, &status).context("admin.listen")?;
+    let kernel = Kernel::open(config.capture.clone(), leaf)?;
+    let ctx = Arc::new(Ctx { snapshots, metrics });
+    let (identities_tx, identities) = mpsc::channel(256);
     let sources = Sources::new(
         SourcesConfig {
             trust_domain: config.trust_domain.clone(),
@@ -80,30 +74,40 @@ async fn serve(config: Config, config_path: &Path, kernel: Kernel) -> anyhow::Re
     };
     let control = tokio::spawn(control.run(first, Inputs { reloads, identities, stop }));
 
-    let mut since_takeover = None;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-        _ = taken_over.wait_for(|taken| *taken) => {
-            since_takeover = Some(Instant::now());
-            status.set_superseded();
-            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-        }
-    }
-    status.set_stopping();
+    let handover = tokio::spawn(async move {
+        taken_over.wait_for(|taken| *taken).await.ok();
+        status.set_superseded();
+        // Blocks for as long as an open page takes; the data path has other threads.
+        tokio::task::spawn_blocking(|| admin.stop()).await.ok();
+        Instant::now()
+    });
+    tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
     let bound = Instant::now() + drain;
     tracing::info!(?drain, "stopping: enrolled pods stay captured (`sealane uninstall` lets them go)");
-    tokio::select! {
-        () = sleep_until(bound), if since_takeover.is_none() => {}
-        _ = taken_over.wait_for(|taken| *taken), if since_takeover.is_none() => since_takeover = Some(Instant::now()),
-        () = std::future::ready(()), if since_takeover.is_some() => {}
-    }
-    if let Some(since) = since_takeover {
-        status.set_superseded();
+    // Listeners stay in the maps and go on accepting until a successor has put its own there.
+    if let Ok(Ok(since)) = timeout_at(bound, handover).await {
         sleep_until(bound.max(since + HANDOVER)).await;
     }
     stop_tx.send_replace(Some(Reason::Draining));
     control.await.context("control")
+}
+
+fn start_admin(
+    config: &Config,
+    snapshots: &Reader,
+    metrics: &Arc<Metrics>,
+    status: &Arc<Status>,
+) -> std::io::Result<Admin> {
+    let (not_ready, pods) = (Arc::clone(status), Arc::clone(status));
+    admin::start(
+        AdminConfig { listen: config.admin, metrics_listen: config.metrics },
+        Providers {
+            snapshots: snapshots.clone(),
+            metrics: Arc::clone(metrics),
+            not_ready: Arc::new(move || not_ready.not_ready()),
+            pods: Arc::new(move || serde_json::json!(pods.pods())),
+        },
+    )
 }
 
 /// Keys must not reach a core file or a debugger of another user, and descriptors must not run out at two per connection.

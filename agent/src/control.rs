@@ -108,7 +108,7 @@ impl Control {
                 }
                 Some(pod_id) = changed.recv() => task.network_changed(pod_id).await,
                 _ = tick.tick() => task.tick().await,
-                _ = inputs.stop.wait_for(Option::is_some) => break,
+                _ = inputs.stop.changed() => break,
             }
         }
         let reason = inputs.stop.borrow().unwrap_or(Reason::Draining);
@@ -155,14 +155,10 @@ impl Task {
         };
         match &state {
             IdentityState::Ready(tls) => {
-                let svid = &tls.identity().svid;
-                self.control.ctx.metrics.svid_expiry(&update.workload, Some(svid.not_after));
-                tracing::info!(workload = %update.workload, id = %svid.id, "SVID");
+                tracing::info!(workload = %update.workload, id = %tls.identity().svid.id, "SVID");
             }
-            IdentityState::Pending | IdentityState::Withdrawn => {
-                self.control.ctx.metrics.svid_expiry(&update.workload, None);
-                tracing::warn!(workload = %update.workload, "no SVID");
-            }
+            IdentityState::Pending => tracing::warn!(workload = %update.workload, "no SVID yet"),
+            IdentityState::Withdrawn => tracing::warn!(workload = %update.workload, "SVID withdrawn"),
         }
         self.identities.insert(update.workload, state);
     }
@@ -239,7 +235,7 @@ impl Task {
         drop(writer);
         let now = SystemTime::now();
         let expired = |(key, state): (&WorkloadKey, &IdentityState)| {
-            (state.usable(now) == Err(Reason::SvidExpired)).then(|| key.clone())
+            (state.usable(now).err() == Some(Reason::SvidExpired)).then(|| key.clone())
         };
         let expired: HashSet<_> = self.identities.iter().filter_map(expired).collect();
         let newly_expired = expired != self.expired;
@@ -269,8 +265,6 @@ impl Task {
         let settled = |w: &Workload| !w.netns.exists() || matches!(self.pods.get(&w.key), Some(Life::Enrolled(_)));
         let ready = waited || self.control.config.workloads.iter().all(settled);
         let pods: Vec<PodStatus> = self.pods.iter().map(|(key, life)| life.status(key)).collect();
-        let enrolled = self.pods.values().filter(|life| matches!(life, Life::Enrolled(_))).count();
-        self.control.ctx.metrics.pods_enrolled(enrolled);
         self.control.status.set_pods(pods, ready);
     }
 }

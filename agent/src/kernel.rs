@@ -129,11 +129,6 @@ impl Kernel {
         self.generation
     }
 
-    /// Where this layout's pins lie.
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
     /// After the pods' maps and listeners are this agent's: replaces the cgroup programs of the agent before, and removes
     /// what agents with another layout left.
     pub fn finish_takeover(&mut self, _writer: &Writer) -> Result<(), KernelError> {
@@ -158,9 +153,14 @@ pub fn remove_pins(bpffs: &Path) -> io::Result<()> {
     }
 }
 
+/// Where this layout's pins lie.
+pub fn layout_dir(bpffs: &Path) -> PathBuf {
+    bpffs.join(LAYOUT)
+}
+
 /// True where an agent has pinned something.
 pub fn has_pins(bpffs: &Path) -> bool {
-    links::link_path(&bpffs.join(LAYOUT), sealane_common::names::programs::CONNECT4).exists()
+    links::link_path(&layout_dir(bpffs), sealane_common::names::programs::CONNECT4).exists()
 }
 
 fn lock(dir: &Path) -> Result<Writer, KernelError> {
@@ -176,7 +176,7 @@ fn pin_dir(bpffs: &Path) -> Result<PathBuf, KernelError> {
     if bpffs.starts_with(DEFAULT) && !is_bpffs(Path::new(DEFAULT)) {
         mount(Some("bpf"), DEFAULT, Some("bpf"), MsFlags::empty(), None::<&str>).map_err(|e| failed(e.into()))?;
     }
-    let dir = bpffs.join(LAYOUT);
+    let dir = layout_dir(bpffs);
     fs::create_dir_all(&dir).map_err(failed)?;
     if is_bpffs(&dir) { Ok(dir) } else { Err(KernelError::NotBpffs { path: bpffs.into() }) }
 }

@@ -228,8 +228,8 @@ impl Publisher {
     }
 
     /// Replaces the snapshot for every reader.
-    pub fn publish(&self, snapshot: Snapshot) {
-        self.0.send_replace(Arc::new(snapshot));
+    pub fn publish(&self, snapshot: Arc<Snapshot>) {
+        self.0.send_replace(snapshot);
     }
 
     /// The latest.

@@ -11,7 +11,7 @@ use super::status::PodStatus;
 use super::Task;
 use crate::kernel::pod::{Pod, PodSockets};
 use crate::kernel::{KernelError, Writer};
-use crate::proxy::{PodHandle, PodListeners, serve_pod};
+use crate::proxy::{PodListeners, Serving, serve_pod};
 use crate::snapshot::IdentityState;
 use crate::workload::{Mode, Workload, WorkloadKey};
 
@@ -29,7 +29,7 @@ pub(super) struct Active {
     workload: Workload,
     pod: Pod,
     /// `None` where an agent before this one owns the listeners.
-    handle: Option<PodHandle>,
+    handle: Option<Serving>,
     modes: Vec<(u16, Mode)>,
     contained: bool,
 }
@@ -70,7 +70,7 @@ impl Life {
             Self::Leaving(_, Phase::Draining(_)) => ("leaving", Some("draining".to_owned())),
         };
         let active = self.active();
-        let connections = active.and_then(|active| active.handle.as_ref()).map_or(0, PodHandle::open_connections);
+        let connections = active.and_then(|active| active.handle.as_ref()).map_or(0, Serving::open);
         PodStatus {
             workload: key.to_string(),
             state,
@@ -135,7 +135,7 @@ impl Task {
         Ok(Active { workload: workload.clone(), pod, handle: Some(handle), modes, contained: true })
     }
 
-    fn serve(&self, pod: &Pod, sockets: PodSockets) -> std::io::Result<PodHandle> {
+    fn serve(&self, pod: &Pod, sockets: PodSockets) -> std::io::Result<Serving> {
         let listeners = PodListeners {
             net: pod.net.clone(),
             inbound: TcpListener::from_std(sockets.inbound)?,
@@ -181,7 +181,7 @@ impl Task {
                     *phase = Phase::Draining(now + drain);
                 }
                 Phase::Draining(until) => {
-                    let idle = active.handle.as_ref().is_none_or(|handle| handle.open_connections() == 0);
+                    let idle = active.handle.as_ref().is_none_or(|handle| handle.open() == 0);
                     let captured = self.control.kernel.captured_sockets(&active.pod).is_ok_and(|s| !s.is_empty());
                     if (captured || !idle) && now < until {
                         continue;
@@ -201,6 +201,7 @@ impl Task {
                 handle.close(Reason::Unenrolled);
             }
             self.identities.remove(key);
+            self.control.ctx.metrics.forget(key);
             tracing::info!(workload = %key, "left");
         }
         !left.is_empty()

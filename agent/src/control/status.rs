@@ -17,7 +17,6 @@ struct Shown {
     config_error: Option<String>,
     failure: Option<String>,
     superseded: bool,
-    stopping: bool,
 }
 
 /// One pod.
@@ -53,9 +52,6 @@ impl Status {
         if shown.superseded {
             reasons.push("another agent has taken over".to_owned());
         }
-        if shown.stopping {
-            reasons.push("stopping".to_owned());
-        }
         reasons
     }
 
@@ -84,11 +80,6 @@ impl Status {
     /// Another agent writes now.
     pub fn set_superseded(&self) {
         self.write(|shown| shown.superseded = true);
-    }
-
-    /// SIGTERM came.
-    pub fn set_stopping(&self) {
-        self.write(|shown| shown.stopping = true);
     }
 
     fn read(&self) -> Shown {
