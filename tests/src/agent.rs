@@ -17,8 +17,8 @@ use crate::config::Config;
 use crate::http::{self, Response};
 use crate::lab::{Node, command};
 use crate::metrics::Metrics;
-use crate::pod::binary;
 use crate::poll;
+use crate::testpod::binary;
 
 /// How long an agent has to come up, or to end.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -111,7 +111,8 @@ impl Agent {
     /// Waits for the process to end.
     pub fn wait_end(&mut self, within: Duration) -> Result<ExitStatus> {
         let child = &mut self.child;
-        poll::until("the agent has ended", within, || child.try_wait().transpose())?.context("cannot wait for the agent")
+        poll::until("the agent has ended", within, || child.try_wait().transpose())?
+            .context("cannot wait for the agent")
     }
 
     /// Its process id.

@@ -239,7 +239,10 @@ impl Mesh {
             ips: workload.ips.clone(),
             spiffe_id: workload.spiffe_id.clone().unwrap_or_else(|| spiffe_id(&workload.name)),
             mode: listener["mode"].as_str().map(str::to_owned),
-            ports: ports.filter(|p| p["mode"].is_string()).map(|p| json!({ "port": p["port"], "mode": p["mode"] })).collect(),
+            ports: ports
+                .filter(|p| p["mode"].is_string())
+                .map(|p| json!({ "port": p["port"], "mode": p["mode"] }))
+                .collect(),
         }
     }
 }

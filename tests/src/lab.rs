@@ -2,7 +2,8 @@
 //! fd09:1::/64. Pods hang on routed veths behind the gateway 169.254.1.1 and fe80::1, as with the AWS VPC CNI.
 
 use std::fs;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use crate::cgroup::{self, Cgroup};
 use crate::names;
 use crate::netns::{self, Netns};
 use crate::pod::Pod;
+use crate::report::Outcome;
+use crate::testpod::{Running, binary};
 
 /// The interface between the nodes, on both.
 pub const WIRE: &str = "wire";
@@ -153,6 +156,13 @@ impl Node {
         command(&self.cgroup.path().join("system"), &self.netns, program.as_ref())
     }
 
+    /// `testpod connect` from the node, to its end.
+    pub fn connect(&self, to: SocketAddr, args: &[&str]) -> Result<Outcome> {
+        let to = to.to_string();
+        let args = [&["connect", "--to", &to], args].concat();
+        Running::start(self.command(binary("testpod")?), &args)?.result()
+    }
+
     /// The node's end of the wire, and the routes to the other's pods.
     fn join(&self, other: &Self) -> Result<()> {
         let (v4, v6, via4, via6, net) = (self.v4, self.v6, other.v4, other.v6, other.index);
@@ -193,7 +203,13 @@ fn remove_by(ours: &dyn Fn(&str) -> bool) -> Result<()> {
         netns::remove(&path.file_name().unwrap_or_default().to_string_lossy())?;
     }
     for path in matching(Path::new(BPFFS), ours).into_iter().chain(matching(&std::env::temp_dir(), ours)) {
-        fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        match fs::remove_dir_all(&path) {
+            // Another run may sweep at the same time.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {}", path.display()));
+            }
+            _ => {}
+        }
     }
     Ok(())
 }

@@ -17,3 +17,5 @@ pub mod netns;
 pub mod pod;
 pub mod poll;
 pub mod report;
+pub mod testpod;
+pub mod wire;

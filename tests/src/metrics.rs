@@ -76,7 +76,8 @@ mod tests {
 
     #[test]
     fn reads_labels_and_sums() {
-        let text = "# TYPE x counter\nx_total{a=\"1\",b=\"p,\\\"q=\\\"\"} 3\nx_total{a=\"2\",b=\"r\"} 4\ny 0.5\n# EOF\n";
+        let text =
+            "# TYPE x counter\nx_total{a=\"1\",b=\"p,\\\"q=\\\"\"} 3\nx_total{a=\"2\",b=\"r\"} 4\ny 0.5\n# EOF\n";
         let metrics = Metrics::parse(text);
         assert_eq!(metrics.sum("x_total", &[]), 7.0);
         assert_eq!(metrics.sum("x_total", &[("a", "1"), ("b", "p,\"q=\"")]), 3.0);

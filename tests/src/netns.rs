@@ -3,7 +3,7 @@
 //! Never `ip netns exec`: it remounts `/sys` and hides cgroup2 and bpffs.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -111,8 +111,11 @@ pub fn remove(name: &str) -> Result<()> {
         inside.is_empty()
     })?;
     let _ = umount2(&path, MntFlags::MNT_DETACH);
-    fs::remove_file(&path)?;
-    Ok(())
+    match fs::remove_file(&path) {
+        // Another run may sweep at the same time.
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
+        _ => Ok(()),
+    }
 }
 
 /// Processes whose network namespace has this inode, without zombies (which have none).
