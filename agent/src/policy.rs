@@ -25,9 +25,12 @@ pub struct OutboundPermit {
 /// One endpoint that may be dialled.
 #[derive(Clone, Debug)]
 pub struct Candidate {
-    addr: SocketAddr,
-    how: How,
-    peer: Option<Arc<Peer>>,
+    /// The endpoint, IPv4 as IPv4.
+    pub addr: SocketAddr,
+    /// How it is spoken to.
+    pub how: How,
+    /// What is known of it, where it is enrolled.
+    pub peer: Option<Arc<Peer>>,
 }
 
 /// How an endpoint is spoken to.
@@ -63,23 +66,6 @@ impl OutboundPermit {
             }
         }
         self
-    }
-}
-
-impl Candidate {
-    /// The endpoint, IPv4 as IPv4.
-    pub fn addr(&self) -> SocketAddr {
-        self.addr
-    }
-
-    /// How it is spoken to.
-    pub fn how(&self) -> &How {
-        &self.how
-    }
-
-    /// What is known of it, where it is enrolled.
-    pub fn peer(&self) -> Option<&Arc<Peer>> {
-        self.peer.as_ref()
     }
 }
 
@@ -187,8 +173,16 @@ pub fn outbound_still_holds(
     let from = snap.workloads.get(from).ok_or(Reason::UnknownWorkload)?;
     let Some(mtls) = &facts.mtls else { return Ok(()) };
     still_own(from, &mtls.own, now)?;
-    match snap.peers.get(&facts.addr.ip().to_canonical()) {
-        Some(peer) if peer.spiffe_id != mtls.peer => Err(Reason::PolicyChanged),
+    peer_still_expected(snap, facts.addr, &mtls.peer)
+}
+
+/// Whether the endpoint at `addr`, which proved to be `peer`, is still the one expected there, as far as it is known.
+///
+/// # Errors
+/// `PolicyChanged`.
+pub fn peer_still_expected(snap: &Snapshot, addr: SocketAddr, peer: &SpiffeId) -> Result<(), Reason> {
+    match snap.peers.get(&addr.ip().to_canonical()) {
+        Some(known) if known.spiffe_id != *peer => Err(Reason::PolicyChanged),
         Some(_) | None => Ok(()),
     }
 }

@@ -6,16 +6,17 @@ use std::fs;
 /// Every lab's name begins with it.
 pub const PREFIX: &str = "sl-";
 
-/// `sl-<pid>.<start time>-<name>`: the start time tells a reused process id.
+/// `sl-<pid>_<start time>-<name>`: the start time tells a reused process id. No dot: a bpf file system
+/// refuses names with one.
 pub fn owned(name: &str) -> String {
     let pid = std::process::id();
-    format!("{PREFIX}{pid}.{}-{name}", start_time(pid).unwrap_or(0))
+    format!("{PREFIX}{pid}_{}-{name}", start_time(pid).unwrap_or(0))
 }
 
 /// The owner's part of `entry`, with the prefix, where `entry` belongs to a lab whose process has ended.
 pub fn orphan(entry: &str) -> Option<&str> {
-    let (owner, _) = entry.strip_prefix(PREFIX)?.split_once('-')?;
-    let (pid, start) = owner.split_once('.')?;
+    let (owner, _) = entry.strip_prefix(PREFIX)?.split_once('_')?;
+    let (pid, start) = owner.split_once('_')?;
     let (pid, start): (u32, u64) = (pid.parse().ok()?, start.parse().ok()?);
     (start_time(pid) != Some(start)).then(|| &entry[..PREFIX.len() + owner.len() + 1])
 }
@@ -39,12 +40,12 @@ mod tests {
     #[test]
     fn a_reused_process_id_is_an_orphan() {
         let pid = std::process::id();
-        assert_eq!(orphan(&format!("sl-{pid}.1-x-node-a")), Some(format!("sl-{pid}.1-").as_str()));
+        assert_eq!(orphan(&format!("sl-{pid}_1-x-node-a")), Some(format!("sl-{pid}_1-").as_str()));
     }
 
     #[test]
     fn foreign_names_are_left_alone() {
-        for name in ["web", "sl-", "sl-demo-node-a", "sl-1-x", "sl-x.y-z", "other-1.1-x"] {
+        for name in ["web", "sl-", "sl-demo-node-a", "sl-1-x", "sl-x_y-z", "other-1_1-x"] {
             assert_eq!(orphan(name), None, "{name}");
         }
     }

@@ -148,12 +148,16 @@ policies:
 }
 
 #[test]
-fn the_shipped_file_loads() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/sealane.yaml");
-    let config = Config::load(&path).unwrap_or_else(|errors| panic!("{errors}"));
+fn the_shipped_files_fit_together() {
+    let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy");
+    let config = Config::load(&deploy.join("sealane.yaml")).unwrap_or_else(|errors| panic!("{errors}"));
     assert_eq!(config.timeouts, Timeouts::default());
     assert_eq!(config.limits, Limits::default());
     assert!(!config.uses(SourceKind::Embedded));
+    let unit = std::fs::read_to_string(deploy.join("sealane.service")).unwrap();
+    let stop = unit.lines().find_map(|line| line.strip_prefix("TimeoutStopSec=")).unwrap();
+    let drained = config.timeouts.drain + Duration::from_secs(65);
+    assert!(Duration::from_secs(stop.parse().unwrap()) > drained, "systemd would kill an agent that still drains");
 }
 
 #[test]
@@ -465,7 +469,7 @@ fn bad_peers_services_and_policies_are_refused() {
             format!("peers:\n  - {peer}, ports: [{{ port: 1 }}, {{ port: 1 }}] }} #!"),
             "port 1 is given twice, first in line 5",
         ),
-        (format!("peers: [{{ name: p, namespace: n, ips: [10.0.0.1] }}] #!"), "spiffeId is missing"),
+        ("peers: [{ name: p, namespace: n, ips: [10.0.0.1] }] #!".into(), "spiffeId is missing"),
         (format!("services: [{service} }}] #!"), "ports is missing"),
         ("services: [{ name: s, namespace: n, ports: [{ port: 80 }] }] #!".into(), "vips is missing"),
         (
