@@ -5,6 +5,7 @@
 #![deny(unsafe_code)]
 
 pub mod config;
+pub mod drain;
 pub mod identity;
 pub mod policy;
 pub mod snapshot;
