@@ -1,0 +1,162 @@
+//! Accepts a pod's connections: options first, then a place under the limit, then a task of its own.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use sealane_common::keys::MARK;
+use sealane_common::reason::Reason;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::sleep;
+
+use super::{Pod, serve};
+use crate::drain::Watcher;
+use crate::metrics::{ConnRecord, Direction};
+
+/// Where accept fails for want of descriptors or memory, the next attempt waits this long, and twice as long each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+/// Up to this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// A peer that vanished without a word is noticed after two minutes of silence.
+const KEEPALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(10)).with_retries(6);
+
+/// An accepted connection; addresses as the sockets show them, IPv4 as IPv4.
+pub(super) struct Accepted {
+    pub stream: TcpStream,
+    pub client: SocketAddr,
+    /// What the client dialled: the socket's own address.
+    pub destination: SocketAddr,
+}
+
+/// Accepts until the watcher stops, which closes the listener; what the kernel had completed by then is still served.
+pub(super) async fn run(pod: Arc<Pod>, listener: TcpListener, direction: Direction, mut watcher: Watcher) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = watcher.stopped() => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, client)) => {
+                pause = FIRST_PAUSE;
+                admit(&pod, stream, client, direction, &watcher);
+            }
+            Err(error) if concerns_one_connection(&error) => {}
+            Err(error) => {
+                pod.ctx.metrics.accept_errors.inc();
+                if pause == FIRST_PAUSE {
+                    tracing::warn!(workload = %pod.net.key(), direction = direction.label(), %error, "cannot accept");
+                }
+                sleep(pause).await;
+                pause = LONGEST_PAUSE.min(pause * 2);
+            }
+        }
+    }
+    while let Some(Ok((stream, client))) = listener.accept().now_or_never() {
+        admit(&pod, stream, client, direction, &watcher);
+    }
+}
+
+/// What every socket of the agent's carries from its first moment to its end.
+///
+/// The linger of zero makes a crash a reset: without it an application would take a truncated stream for a whole one. It is
+/// cleared ([`end_in_order`]) only when both directions have ended. TCP_USER_TIMEOUT is absent on purpose: the kernel applies
+/// it to a closed window as well, so it would reset every connection whose reader pauses for that long.
+pub(super) fn set_options(socket: &SockRef<'_>) -> io::Result<()> {
+    socket.set_linger(Some(Duration::ZERO))?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&KEEPALIVE)
+}
+
+/// Lets the kernel deliver what is still under way after the socket is closed.
+pub(super) fn end_in_order(stream: &TcpStream) {
+    // Failure leaves the reset, which is the safe end.
+    let _ = SockRef::from(stream).set_linger(None);
+}
+
+/// Counts what is held at one time; limits may change while it is.
+#[derive(Clone, Default)]
+pub(super) struct Slots(Arc<AtomicUsize>);
+
+/// One of the [`Slots`], until it is dropped.
+pub(super) struct Slot(Arc<AtomicUsize>);
+
+impl Slots {
+    /// `None` where `limit` are held already.
+    pub(super) fn take(&self, limit: usize) -> Option<Slot> {
+        let more = |held| (held < limit).then_some(held + 1);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Slot(self.0.clone()))
+    }
+
+    pub(super) fn held(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn admit(pod: &Arc<Pod>, stream: TcpStream, client: SocketAddr, direction: Direction, watcher: &Watcher) {
+    let socket = SockRef::from(&stream);
+    if direction == Direction::Outbound {
+        // The kernel's reset for an application that vanished is routed by this mark (with fwmark_reflect) back to us. Without
+        // it (no CAP_NET_ADMIN) keepalive still finds out.
+        if let Err(error) = socket.set_mark(MARK) {
+            tracing::debug!(%error, "cannot mark an accepted socket");
+        }
+    }
+    let Ok(destination) = set_options(&socket).and_then(|()| stream.local_addr()) else { return };
+    let conn = Accepted { stream, client: unmapped(client), destination: unmapped(destination) };
+    let key = pod.net.key().clone();
+    let record = ConnRecord::accepted(pod.ctx.metrics.clone(), direction, key, conn.client, conn.destination);
+    let limit = pod.ctx.snapshots.borrow().limits.connections_per_pod;
+    let Some(slot) = pod.connections.take(limit as usize) else {
+        record.finish(Err(Reason::ConnectionLimit.into()));
+        return;
+    };
+    tokio::spawn(attend(pod.clone(), conn, direction, record, watcher.clone(), slot));
+}
+
+/// One connection's task, and the only place where its result becomes a metric and a log line.
+pub(super) async fn attend(
+    pod: Arc<Pod>,
+    conn: Accepted,
+    direction: Direction,
+    mut record: ConnRecord,
+    mut watcher: Watcher,
+    _slot: Slot,
+) {
+    let result = tokio::select! {
+        biased;
+        reason = watcher.closed() => Err(reason.into()),
+        result = serve(&pod, conn, direction, &mut record) => result,
+    };
+    record.finish(result);
+}
+
+/// The dual-stack listeners show IPv4 as mapped; a link-local address keeps its scope.
+fn unmapped(addr: SocketAddr) -> SocketAddr {
+    match addr.ip().to_canonical() {
+        ip if ip.is_ipv4() => SocketAddr::new(ip, addr.port()),
+        _ => addr,
+    }
+}
+
+/// Errors that accept(2) passes on from a connection that died in the queue.
+fn concerns_one_connection(error: &io::Error) -> bool {
+    let exhausted = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EINVAL, libc::EBADF];
+    error.raw_os_error().is_some_and(|errno| !exhausted.contains(&errno))
+}
+
+#[cfg(test)]
+mod tests;

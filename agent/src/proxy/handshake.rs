@@ -1,0 +1,115 @@
+//! TLS handshakes, with their bounds: how many at once, how long, and that a refused peer learns why.
+
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::ServerName;
+use sealane_common::reason::Reason;
+use socket2::SockRef;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+
+use super::Pod;
+use super::accept::Slots;
+use super::error::{self, Failure};
+use super::stream::{Peer, Replay};
+use crate::metrics::{ConnRecord, TlsFacts};
+use crate::snapshot::Snapshot;
+use crate::tls::{self, VerifiedPeer};
+
+/// How long a peer that we refused may take to read our alert before the socket is closed for good.
+const ALERT_GRACE: Duration = Duration::from_secs(1);
+
+/// The server's side, towards a peer that dialled the pod.
+pub(super) async fn server(
+    pod: &Pod,
+    config: Arc<rustls::ServerConfig>,
+    stream: Replay,
+    bounds: Bounds,
+    record: &mut ConnRecord,
+) -> Result<(Peer, VerifiedPeer), Failure> {
+    let accept = async move { TlsAcceptor::from(config).accept(stream).into_fallible().await.map(TlsStream::Server) };
+    run(pod, &pod.inbound_handshakes, accept, bounds, record).await
+}
+
+/// The client's side, towards an endpoint that the application dialled. No name is sent: the peer's ID is what counts.
+pub(super) async fn client(
+    pod: &Pod,
+    config: Arc<rustls::ClientConfig>,
+    stream: Replay,
+    endpoint: IpAddr,
+    bounds: Bounds,
+    record: &mut ConnRecord,
+) -> Result<(Peer, VerifiedPeer), Failure> {
+    let name = ServerName::IpAddress(endpoint.into());
+    let connect =
+        async move { TlsConnector::from(config).connect(name, stream).into_fallible().await.map(TlsStream::Client) };
+    run(pod, &pod.outbound_handshakes, connect, bounds, record).await
+}
+
+/// What a handshake may take.
+#[derive(Clone, Copy)]
+pub(super) struct Bounds {
+    pub time: Duration,
+    pub at_once: usize,
+}
+
+impl Bounds {
+    pub(super) fn of(snapshot: &Snapshot) -> Self {
+        Self { time: snapshot.timeouts.handshake, at_once: snapshot.limits.handshakes_per_pod as usize }
+    }
+}
+
+async fn run(
+    pod: &Pod,
+    slots: &Slots,
+    handshake: impl Future<Output = Result<TlsStream<Replay>, (io::Error, Replay)>>,
+    bounds: Bounds,
+    record: &mut ConnRecord,
+) -> Result<(Peer, VerifiedPeer), Failure> {
+    let _slot = slots.take(bounds.at_once).ok_or(Reason::HandshakeLimit)?;
+    let began = Instant::now();
+    let stream = match timeout(bounds.time, handshake).await.map_err(|_| Reason::HandshakeTimeout)? {
+        Ok(stream) => stream,
+        Err((error, stream)) => {
+            let failure = error::handshake(error);
+            if speaks_tls(failure.reason) {
+                let_alert_arrive(stream).await;
+            }
+            return Err(failure);
+        }
+    };
+    pod.ctx.metrics.handshake_seconds.observe(began.elapsed().as_secs_f64());
+    let session = stream.get_ref().1;
+    record.tls = session
+        .protocol_version()
+        .zip(session.negotiated_key_exchange_group())
+        .map(|(version, group)| TlsFacts { version, group: group.name() });
+    // The verifier refuses a peer without a certificate; should it not, nothing was verified.
+    let peer = tls::peer(session).ok_or(Reason::CertificateMissing)?;
+    record.peer_id = Some(peer.id.clone());
+    Ok((Peer::Tls(Box::new(stream)), peer))
+}
+
+/// False where an alert would only be garbage, or nobody is there to read it.
+fn speaks_tls(reason: Reason) -> bool {
+    reason != Reason::NotTls && reason != Reason::HandshakeClosed
+}
+
+/// A reset right behind the alert may overtake it, or find it unread: end our direction instead, and wait for the peer's.
+async fn let_alert_arrive(mut stream: Replay) {
+    if SockRef::from(stream.tcp()).set_linger(None).is_err() {
+        return;
+    }
+    let end = async {
+        stream.shutdown().await?;
+        let mut discarded = [0; 1024];
+        while stream.read(&mut discarded).await? > 0 {}
+        io::Result::Ok(())
+    };
+    // However it ends, the refusal stands.
+    let _ = timeout(ALERT_GRACE, end).await;
+}
