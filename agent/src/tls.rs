@@ -146,4 +146,4 @@ fn provider() -> CryptoProvider {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
