@@ -4,9 +4,7 @@
 //! ([`source`], [`kernel`], [`control`]), and the path of one connection ([`proxy`], top to bottom).
 #![deny(unsafe_code)]
 
-pub mod admin;
 pub mod config;
-pub mod drain;
 pub mod identity;
 pub mod policy;
 pub mod snapshot;
