@@ -36,6 +36,10 @@ where
         if matches!(to_peer, Poll::Ready(End::ReadFailed)) || matches!(to_app, Poll::Ready(End::ReadFailed)) {
             return Poll::Ready(());
         }
+        // The application is gone and its peer does not take what it left: nobody is worth waiting for.
+        if down.write_failed() && up.buffer.has_remaining() {
+            return Poll::Ready(());
+        }
         match (to_peer, to_app) {
             (Poll::Ready(_), Poll::Ready(_)) => Poll::Ready(()),
             (Poll::Pending, _) | (_, Poll::Pending) => Poll::Pending,

@@ -159,6 +159,21 @@ async fn what_a_closing_peer_said_last_is_delivered() {
     assert_eq!(outcome(copy).await.0.unwrap_err().reason, Reason::PeerReset);
 }
 
+#[tokio::test]
+async fn a_dead_application_does_not_wait_for_a_peer_that_does_not_read() {
+    let ((mut app, near_app), (near_peer, mut peer)) = (pair().await, pair().await);
+    SockRef::from(&near_peer).set_send_buffer_size(4096).unwrap();
+    let copy = copying(near_app, Peer::Plain(near_peer.into()));
+    // As much as the way to the peer takes, and more.
+    let filled = async { while app.write_all(&[1; 65_536]).await.is_ok() {} };
+    assert!(timeout(Duration::from_millis(500), filled).await.is_err(), "the writer is stopped");
+    SockRef::from(&app).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(app);
+    peer.write_all(b"to nobody").await.unwrap();
+    assert_eq!(outcome(copy).await.0.unwrap_err().reason, Reason::AppReset);
+    assert!(read_all(&mut peer).await.is_err());
+}
+
 /// In memory, so that what is in flight can be counted to the byte.
 #[tokio::test]
 async fn a_reader_that_stops_stops_the_writer() {
