@@ -1,7 +1,7 @@
 //! The data path: accept, identify, policy, TLS, copy, metrics.
 //!
-//! [`serve_pod`] starts two accept loops for one pod. Every connection is a task of its own: [`outbound`] and [`inbound`]
-//! bring it from an accepted socket to two ends between which bytes may pass, [`copy`] moves them, and [`recheck`]
+//! [`serve_pod`] starts two accept loops for one pod. Every connection is a task of its own: `outbound` and `inbound`
+//! bring it from an accepted socket to two ends between which bytes may pass, `copy` moves them, and `recheck`
 //! watches that what it rests on still holds. Whatever ends it before its time resets both ends.
 
 use std::sync::Arc;
