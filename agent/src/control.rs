@@ -62,8 +62,6 @@ struct Task {
     control: Control,
     identities: HashMap<WorkloadKey, IdentityState>,
     pods: HashMap<WorkloadKey, Life>,
-    /// Enrolments that an agent before made and the configuration does not know.
-    orphans_seen: bool,
     previous: Arc<Snapshot>,
     changes: mpsc::Sender<u32>,
     started: Instant,
@@ -80,7 +78,6 @@ impl Control {
             control: self,
             identities: HashMap::new(),
             pods: HashMap::new(),
-            orphans_seen: false,
             previous: first,
             changes,
             started: Instant::now(),

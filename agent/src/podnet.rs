@@ -23,10 +23,16 @@ pub struct PodNet {
 
 struct Inner {
     key: WorkloadKey,
-    netns: Arc<NetNs>,
-    agent_ports: RangeInclusive<u16>,
+    place: Place,
+    agent_ports: Box<[u16]>,
     own: RwLock<BTreeSet<IpAddr>>,
-    dial_clients: Mutex<HashMap<MapData, u64, ClientAddr>>,
+}
+
+enum Place {
+    Pod { netns: Arc<NetNs>, dial_clients: Mutex<HashMap<MapData, u64, ClientAddr>> },
+    /// Where unit tests run.
+    #[cfg(test)]
+    Here,
 }
 
 impl PodNet {
@@ -37,8 +43,9 @@ impl PodNet {
         agent_ports: RangeInclusive<u16>,
         dial_clients: HashMap<MapData, u64, ClientAddr>,
     ) -> Self {
-        let dial_clients = Mutex::new(dial_clients);
-        Self { inner: Arc::new(Inner { key, netns, agent_ports, own: RwLock::default(), dial_clients }) }
+        let agent_ports = agent_ports.collect();
+        let place = Place::Pod { netns, dial_clients: Mutex::new(dial_clients) };
+        Self { inner: Arc::new(Inner { key, place, agent_ports, own: RwLock::default() }) }
     }
 
     /// The pod's workload.
@@ -49,7 +56,12 @@ impl PodNet {
     /// A TCP socket inside the pod, non-blocking, for a dial to `to`. It is reset when dropped, until the caller clears
     /// SO_LINGER at the orderly end: a crash of the agent must not look like a clean end of stream.
     pub fn socket(&self, to: SocketAddr) -> io::Result<Socket> {
-        let socket = self.inner.netns.enter(|| Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP)))??;
+        let make = || Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP));
+        let socket = match &self.inner.place {
+            Place::Pod { netns, .. } => netns.enter(make)??,
+            #[cfg(test)]
+            Place::Here => make()?,
+        };
         socket.set_nonblocking(true)?;
         prepare(&socket)?;
         Ok(socket)
@@ -57,9 +69,14 @@ impl PodNet {
 
     /// Before connecting `socket` to the application: its accept() and getpeername() will show `client`.
     pub fn show_client(&self, socket: &Socket, client: SocketAddr) -> io::Result<()> {
+        let dial_clients = match &self.inner.place {
+            Place::Pod { dial_clients, .. } => dial_clients,
+            #[cfg(test)]
+            Place::Here => return Ok(()),
+        };
         let cookie = sys::socket_cookie(socket)?;
         let client = ClientAddr { addr: client.ip().into(), port: client.port(), pad: 0 };
-        let mut map = self.inner.dial_clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut map = dial_clients.lock().unwrap_or_else(PoisonError::into_inner);
         map.insert(cookie, client, 0).map_err(io::Error::other)
     }
 
@@ -73,16 +90,24 @@ impl PodNet {
         self.inner.agent_ports.contains(&port)
     }
 
+    /// A pod of the test's own network namespace.
+    #[cfg(test)]
+    pub(crate) fn for_test(key: WorkloadKey, own: &[IpAddr], agent_ports: &[u16]) -> Self {
+        let agent_ports = agent_ports.into();
+        let own = RwLock::new(own.iter().copied().collect());
+        Self { inner: Arc::new(Inner { key, place: Place::Here, agent_ports, own }) }
+    }
+
     pub(crate) fn set_own(&self, own: BTreeSet<IpAddr>) {
         *self.inner.own.write().unwrap_or_else(PoisonError::into_inner) = own;
     }
 }
 
 /// What every socket of the data path gets: reset on drop, no Nagle delay, and an end to peers that died silently.
+/// No TCP_USER_TIMEOUT: the kernel counts a closed window as unanswered, so it kills connections whose reader pauses.
 pub fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_linger(Some(Duration::ZERO))?;
     socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_user_timeout(Some(Duration::from_secs(60)))?;
     let keepalive = TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(10));
     socket.set_tcp_keepalive(&keepalive.with_retries(6))
 }

@@ -25,12 +25,20 @@ pub struct OutboundPermit {
 /// One endpoint that may be dialled.
 #[derive(Clone, Debug)]
 pub struct Candidate {
+    addr: SocketAddr,
+    how: How,
+}
+
+impl Candidate {
     /// The endpoint, IPv4 as IPv4.
-    pub addr: SocketAddr,
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
     /// How it is spoken to.
-    pub how: How,
-    /// What is known of it, where it is enrolled.
-    pub peer: Option<Arc<Peer>>,
+    pub fn how(&self) -> &How {
+        &self.how
+    }
 }
 
 /// How an endpoint is spoken to.
@@ -236,7 +244,7 @@ fn candidate(snap: &Snapshot, from: &LocalWorkload, addr: SocketAddr) -> Candida
         Some(peer) if mode(peer) != Mode::Disabled => How::Mtls { expected: [peer.spiffe_id.clone()].into() },
         Some(_) | None => How::Plaintext,
     };
-    Candidate { addr, how, peer }
+    Candidate { addr, how }
 }
 
 fn is_own(from: &LocalWorkload, ip: IpAddr) -> bool {

@@ -96,7 +96,7 @@ policies:
     };
     assert_eq!(config.identity, identity);
     assert_eq!(config.capture, Capture::default());
-    assert_eq!(config.capture.ports, [15001, 15002, 15003, 15004]);
+    assert_eq!(config.capture.ports, 15001..=15004);
     assert_eq!(config.admin, "127.0.0.1:15000".parse().unwrap());
     assert_eq!(config.metrics, Some("0.0.0.0:15020".parse().unwrap()));
     assert_eq!(config.timeouts, Timeouts::default());

@@ -435,8 +435,8 @@ fn readers_see_the_latest_snapshot() {
     let build = |epoch| Snapshot::build(epoch, &config, &HashMap::new(), &all(&config), None);
     let (publisher, mut reader) = Publisher::new(build(1));
     assert_eq!(reader.borrow_and_update().epoch, 1);
-    publisher.publish(build(2));
-    publisher.publish(build(3));
+    publisher.publish(Arc::new(build(2)));
+    publisher.publish(Arc::new(build(3)));
     assert!(reader.has_changed().unwrap());
     assert_eq!(reader.borrow_and_update().epoch, 3);
     assert_eq!((publisher.latest().epoch, publisher.reader().borrow().epoch), (3, 3));
