@@ -12,7 +12,7 @@ use sealane_common::reason::Reason;
 use zeroize::Zeroizing;
 
 use crate::identity::{SpiffeId, TrustDomain};
-use crate::tls::verify;
+use crate::tls::profile;
 
 /// A workload's X.509-SVID with its private key.
 pub struct Svid {
@@ -72,8 +72,8 @@ impl Svid {
     /// Where the leaf does not have the X.509-SVID profile or the key is not the leaf's. An SVID that has expired is
     /// one all the same.
     pub fn new(chain: Vec<CertificateDer<'static>>, key: Zeroizing<Vec<u8>>) -> Result<Self, SvidError> {
-        let leaf = verify::leaf(chain.first().ok_or(SvidError::Empty)?).map_err(SvidError::Profile)?;
-        if let Some(at) = chain.iter().position(|certificate| !verify::parses(certificate)) {
+        let leaf = profile::leaf(chain.first().ok_or(SvidError::Empty)?).map_err(SvidError::Profile)?;
+        if let Some(at) = chain.iter().position(|certificate| !profile::parses(certificate)) {
             return Err(SvidError::Intermediate(at));
         }
         // Not through KeyProvider::load_private_key: that takes an owned copy, which nobody would zeroise. AWS-LC

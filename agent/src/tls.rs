@@ -19,10 +19,13 @@ use rustls::{ClientConfig, CommonState, ConfigBuilder, ServerConfig, WantsVerifi
 
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::svid::{Bundle, Identity};
-use crate::tls::verify::{Accept, Trust, Verifier};
+use crate::tls::trust::Trust;
+use crate::tls::verify::{Accept, Verifier};
 use crate::workload::Allow;
 
+pub mod profile;
 pub mod reasons;
+pub mod trust;
 pub mod verify;
 
 #[cfg(test)]
@@ -117,7 +120,7 @@ impl fmt::Debug for VerifiedPeer {
 /// Who answered or called, once the handshake has ended; `None` before.
 pub fn peer(conn: &CommonState) -> Option<VerifiedPeer> {
     let chain = conn.peer_certificates()?;
-    let id = verify::leaf(chain.first()?).ok()?.id;
+    let id = profile::leaf(chain.first()?).ok()?.id;
     let chain = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
     Some(VerifiedPeer { id, chain, verified_at: UnixTime::now() })
 }

@@ -31,7 +31,7 @@ use super::pem::{self, PemError};
 use crate::identity::TrustDomain;
 use crate::source::IdentityUpdate;
 use crate::svid::{Bundle, Identity, Svid, SvidError};
-use crate::tls::verify;
+use crate::tls::profile;
 use crate::workload::{Workload, WorkloadKey};
 
 /// The thread that watches the files. Dropping it ends the thread.
@@ -258,7 +258,7 @@ fn read(set: &Path) -> Result<Identity, FilesError> {
 
 fn bundle(path: &Path, trust_domain: TrustDomain) -> Result<Arc<Bundle>, FilesError> {
     let roots = pem::certificates(path)?;
-    match roots.iter().position(|root| !verify::is_root(root)) {
+    match roots.iter().position(|root| !profile::is_root(root)) {
         Some(at) => Err(FilesError::NoRoot { path: path.to_owned(), at: at + 1 }),
         None => Ok(Arc::new(Bundle { trust_domain, roots })),
     }

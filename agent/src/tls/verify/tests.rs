@@ -1,12 +1,18 @@
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
 use rcgen::{
     BasicConstraints, CertificateParams, CustomExtension, DnType, ExtendedKeyUsagePurpose, GeneralSubtree, IsCa,
     KeyPair, KeyUsagePurpose, NameConstraints, SanType,
 };
+use rustls::crypto::aws_lc_rs;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ServerConfig};
 
 use super::*;
+use crate::svid::Bundle;
+use crate::tls::profile::{is_root, leaf};
 use crate::tls::test_ca::{Issued, TestCa, bundles, ca_params, key, self_signed, svid_params, uri, valid};
 use crate::tls::tests::{ids, meet, tls};
 use crate::tls::{TlsFailure, WorkloadTls};
