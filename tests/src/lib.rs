@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod ca;
 pub mod cgroup;
 pub mod config;
 pub mod http;

@@ -6,8 +6,8 @@ use std::fs;
 /// Every lab's name begins with it.
 pub const PREFIX: &str = "sl-";
 
-/// `sl-<pid>_<start time>-<name>`: the start time tells a reused process id. No dot: a bpf file system
-/// refuses names with one.
+/// `sl-<pid>_<start time>-<name>`: the start time tells a reused process id. No dot: a bpf file system refuses names
+/// with one.
 pub fn owned(name: &str) -> String {
     let pid = std::process::id();
     format!("{PREFIX}{pid}_{}-{name}", start_time(pid).unwrap_or(0))
@@ -15,7 +15,7 @@ pub fn owned(name: &str) -> String {
 
 /// The owner's part of `entry`, with the prefix, where `entry` belongs to a lab whose process has ended.
 pub fn orphan(entry: &str) -> Option<&str> {
-    let (owner, _) = entry.strip_prefix(PREFIX)?.split_once('_')?;
+    let (owner, _) = entry.strip_prefix(PREFIX)?.split_once('-')?;
     let (pid, start) = owner.split_once('_')?;
     let (pid, start): (u32, u64) = (pid.parse().ok()?, start.parse().ok()?);
     (start_time(pid) != Some(start)).then(|| &entry[..PREFIX.len() + owner.len() + 1])

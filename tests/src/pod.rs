@@ -84,7 +84,7 @@ impl Pod {
 
     /// `testpod serve` on an address of choice.
     pub fn serve_at(&self, listen: &str, args: &[&str]) -> Result<Server> {
-        Server::start(self.command(binary("testpod")?), listen, args).with_context(|| self.name.clone())
+        Server::start(self.command(binary("testpod")?), "serve", listen, args).with_context(|| self.name.clone())
     }
 
     /// `testpod connect`, to its end. `args`: see `testpod connect --help`.

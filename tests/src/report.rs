@@ -1,5 +1,6 @@
 //! What `testpod` prints: one JSON object a line.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
@@ -83,6 +84,25 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// There was no connection.
+    pub fn never(error: String) -> Self {
+        Self {
+            connected: false,
+            // What a blocking connect says when SO_SNDTIMEO has passed.
+            error: Some(if error == "EINPROGRESS" { "TIMEOUT".into() } else { error }),
+            option_error: None,
+            peer: None,
+            local: None,
+            sent: 0,
+            sent_sha256: String::new(),
+            received: 0,
+            sha256: String::new(),
+            text: String::new(),
+            end: End::Never,
+            connect_ms: 0,
+        }
+    }
+
     /// Everything sent came back, and the stream ended in order.
     pub fn echoed(&self) -> bool {
         self.connected && self.sent > 0 && self.sha256 == self.sent_sha256 && matches!(self.end, End::Eof | End::Enough)
@@ -92,4 +112,49 @@ impl Outcome {
     pub fn refused(&self) -> bool {
         self.received == 0 && matches!(self.end, End::Reset | End::Never | End::Eof)
     }
+}
+
+/// The result of `testpod load`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Load {
+    /// Connections tried.
+    pub attempts: u64,
+    /// Those that got back everything they sent, and a stream that ended in order.
+    pub ok: u64,
+    /// The others, by where and how: `connect ECONNREFUSED`, `exchange ECONNRESET`, `wrong bytes`.
+    pub failures: BTreeMap<String, u64>,
+    /// How long it took.
+    pub seconds: f64,
+    /// The slowest connection that was ok, in milliseconds.
+    pub slowest_ms: u64,
+}
+
+/// The result of `testpod ping`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pings {
+    /// The connection was made.
+    pub connected: bool,
+    /// Echoes that came back whole.
+    pub rounds: u64,
+    /// Why it stopped before its time.
+    pub error: Option<String>,
+    /// The longest wait for an echo, in milliseconds.
+    pub slowest_ms: u64,
+}
+
+/// The result of `testpod tls`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TlsOutcome {
+    /// The handshake was done on this side; in TLS 1.3 the server may still refuse the client's certificate.
+    pub handshake: bool,
+    /// As in `TLSv1_3`.
+    pub version: Option<String>,
+    /// The protocol agreed on.
+    pub alpn: Option<String>,
+    /// The URI names of the server's certificate.
+    pub peer_ids: Vec<String>,
+    /// What came back.
+    pub text: String,
+    /// The first error in words; that of an alert names it, as in `AccessDenied`.
+    pub error: Option<String>,
 }

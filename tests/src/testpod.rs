@@ -60,9 +60,10 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `testpod serve`, `command` being the program in its place; returns once it listens.
-    pub fn start(mut command: Command, listen: &str, args: &[&str]) -> Result<Self> {
-        command.args(["serve", "--listen", listen]).args(args);
+    /// Starts `testpod serve`, `tls-serve` or `udp-serve`, `command` being the program in its place; returns once it
+    /// listens.
+    pub fn start(mut command: Command, which: &str, listen: &str, args: &[&str]) -> Result<Self> {
+        command.args([which, "--listen", listen]).args(args);
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot run testpod")?;
         let out = BufReader::new(child.stdout.take().context("no stdout")?);
         let (sender, receiver) = mpsc::channel();
@@ -77,7 +78,7 @@ impl Server {
         });
         let server = Self { child, lines: Mutex::new((receiver, Vec::new())) };
         let up = server.wait(START, |event| matches!(event, Event::Listening { .. }));
-        up.with_context(|| format!("testpod serve does not listen on {listen}"))?;
+        up.with_context(|| format!("testpod {which} does not listen on {listen}"))?;
         Ok(server)
     }
 

@@ -14,7 +14,10 @@ fn enrolled_pods_speak_mtls_across_the_wire() -> Result<()> {
     let mut mesh = Mesh::new(&lab);
     mesh.enrol(&web);
     mesh.enrol(&api);
-    mesh.policy("api", json!({ "listener": { "mode": "STRICT", "allow": [{ "from": ["spiffe://lab.example/web"] }] } }));
+    mesh.policy(
+        "api",
+        json!({ "listener": { "mode": "STRICT", "allow": [{ "from": ["spiffe://lab.example/web"] }] } }),
+    );
     let (a, b) = mesh.start()?;
     let server = api.serve(8080, &["--mode", "echo"])?;
     for to in [api.at(8080), api.at6(8080)] {

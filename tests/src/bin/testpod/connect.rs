@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use clap::Args as ClapArgs;
-use sealane_tests::report::{End, Outcome};
+use sealane_tests::report::Outcome;
 
 use crate::dial::{self, Dial};
 use crate::exchange::{Payload, both_ways, name, plain};
@@ -47,7 +47,7 @@ pub fn run(args: &Args) -> Outcome {
     let connect_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
     let dial::Dialled { stream, sent: skip, option_error } = match dialled {
         Ok(dialled) => dialled,
-        Err(error) => return never(name(&error), connect_ms),
+        Err(error) => return Outcome { connect_ms, ..Outcome::never(name(&error)) },
     };
     let (peer, local) = (stream.peer_addr().ok().map(plain), stream.local_addr().ok().map(plain));
     let (sent, received) = both_ways(&stream, &payload, skip, args.half_close, args.expect, limit);
@@ -63,24 +63,6 @@ pub fn run(args: &Args) -> Outcome {
         sha256: received.sha256,
         text: String::from_utf8_lossy(&received.head).into_owned(),
         end: received.end,
-        connect_ms,
-    }
-}
-
-fn never(error: String, connect_ms: u64) -> Outcome {
-    Outcome {
-        connected: false,
-        // What a blocking connect says when SO_SNDTIMEO has passed.
-        error: Some(if error == "EINPROGRESS" { "TIMEOUT".into() } else { error }),
-        option_error: None,
-        peer: None,
-        local: None,
-        sent: 0,
-        sent_sha256: String::new(),
-        received: 0,
-        sha256: String::new(),
-        text: String::new(),
-        end: End::Never,
         connect_ms,
     }
 }

@@ -9,6 +9,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::exchange::{Payload, name};
+use crate::kernel;
 
 /// How to dial.
 #[derive(Args)]
@@ -16,6 +17,9 @@ pub struct Dial {
     /// Which kind of client.
     #[arg(long, value_enum, default_value = "plain")]
     kind: Kind,
+    /// `--kind reuse`: where the socket connects first.
+    #[arg(long, required_if_eq("kind", "reuse"))]
+    first: Option<SocketAddr>,
     /// bind(2) to it before connecting.
     #[arg(long)]
     bind: Option<SocketAddr>,
@@ -50,6 +54,12 @@ enum Kind {
     MsgFastopen,
     /// O_NONBLOCK and poll.
     Nonblocking,
+    /// io_uring.
+    Uring,
+    /// io_uring with a submission thread of the kernel.
+    UringSqpoll,
+    /// Connects to `--first`, disconnects (AF_UNSPEC), and connects again with the same socket.
+    Reuse,
 }
 
 /// A connection, blocking.
@@ -75,15 +85,15 @@ pub fn dial(how: &Dial, to: SocketAddr, payload: &Payload, limit: Duration) -> i
     if let Some(bind) = how.bind {
         socket.bind(&bind.into())?;
     }
-    let sent = connect(how.kind, &socket, to, payload, limit)?;
+    let sent = connect(how, &socket, to, payload, limit)?;
     options.note(how.device_after.as_ref().map(|device| socket.bind_device(Some(device.as_bytes()))));
     options.note(how.mark_after.map(|mark| socket.set_mark(mark)));
     Ok(Dialled { stream: socket.into(), sent, option_error: options.error })
 }
 
 /// Connects; the answer is how many bytes of the payload went along.
-fn connect(kind: Kind, socket: &Socket, to: SocketAddr, payload: &Payload, limit: Duration) -> io::Result<u64> {
-    match kind {
+fn connect(how: &Dial, socket: &Socket, to: SocketAddr, payload: &Payload, limit: Duration) -> io::Result<u64> {
+    match how.kind {
         Kind::Plain | Kind::Mapped | Kind::Mptcp => socket.connect(&to.into()).map(|()| 0),
         Kind::FastopenConnect => {
             setsockopt(socket, sockopt::TcpFastOpenConnect, &true)?;
@@ -96,6 +106,16 @@ fn connect(kind: Kind, socket: &Socket, to: SocketAddr, payload: &Payload, limit
         }
         Kind::Nonblocking => {
             socket.connect_timeout(&to.into(), limit)?;
+            Ok(0)
+        }
+        Kind::Uring => kernel::uring_connect(socket, to, false).map(|()| 0),
+        Kind::UringSqpoll => kernel::uring_connect(socket, to, true).map(|()| 0),
+        Kind::Reuse => {
+            if let Some(first) = how.first {
+                socket.connect(&first.into())?;
+                kernel::disconnect(socket)?;
+            }
+            socket.connect(&to.into())?;
             Ok(0)
         }
     }

@@ -1,0 +1,55 @@
+//! `testpod ping`: does an open connection stay open?
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use clap::Args as ClapArgs;
+use sealane_tests::report::Pings;
+
+use crate::exchange::name;
+
+#[derive(ClapArgs)]
+pub struct Args {
+    /// Destination, an echo.
+    #[arg(long)]
+    to: SocketAddr,
+    /// Pause between two rounds, in milliseconds.
+    #[arg(long, default_value_t = 20)]
+    every: u64,
+    /// How long in all, in milliseconds.
+    #[arg(long, default_value_t = 3_000)]
+    millis: u64,
+    /// Time limit for connecting and for each echo, in milliseconds.
+    #[arg(long, default_value_t = 5_000)]
+    limit: u64,
+}
+
+pub fn run(args: &Args) -> Pings {
+    let mut pings = Pings { connected: false, rounds: 0, error: None, slowest_ms: 0 };
+    let limit = Duration::from_millis(args.limit);
+    let stream = match TcpStream::connect_timeout(&args.to, limit) {
+        Ok(stream) => stream,
+        Err(error) => return Pings { error: Some(name(&error)), ..pings },
+    };
+    pings.connected = true;
+    let deadline = Instant::now() + Duration::from_millis(args.millis);
+    while pings.error.is_none() && Instant::now() < deadline {
+        let begun = Instant::now();
+        match round(&stream, pings.rounds, limit) {
+            Ok(()) => pings.rounds += 1,
+            Err(error) => pings.error = Some(name(&error)),
+        }
+        pings.slowest_ms = pings.slowest_ms.max(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
+        std::thread::park_timeout(Duration::from_millis(args.every));
+    }
+    pings
+}
+
+fn round(mut stream: &TcpStream, number: u64, limit: Duration) -> io::Result<()> {
+    let (sent, mut back) = (number.to_be_bytes(), [0; 8]);
+    stream.set_read_timeout(Some(limit))?;
+    stream.write_all(&sent)?;
+    stream.read_exact(&mut back)?;
+    if sent == back { Ok(()) } else { Err(io::Error::other("wrong bytes")) }
+}
