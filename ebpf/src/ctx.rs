@@ -163,9 +163,10 @@ pub fn ends(ctx: &SockOpsContext) -> (Endpoint, Endpoint) {
     let family = read!(ops, family);
     let local = either(family, read!(ops, local_ip4), words!(ops, local_ip6));
     let remote = either(family, read!(ops, remote_ip4), words!(ops, remote_ip6));
-    // local_port is in host order, remote_port in network order in a u32.
+    // local_port is in host order; remote_port is the whole word in network order, unlike a sock_addr's user_port.
     let local_port = read!(ops, local_port) as u16;
-    (Endpoint { addr: local, port: local_port }, Endpoint { addr: remote, port: network_port(read!(ops, remote_port)) })
+    let remote_port = u32::from_be(read!(ops, remote_port)) as u16;
+    (Endpoint { addr: local, port: local_port }, Endpoint { addr: remote, port: remote_port })
 }
 
 #[inline(always)]
