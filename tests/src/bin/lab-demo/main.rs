@@ -35,13 +35,13 @@ fn main() -> Result<()> {
     }
     signals::clean_up_on_interrupt(|| lab::remove(LAB))?;
     let scene = Scene::set(LAB)?;
-    show::all(&scene)?;
+    let played = show::all(&scene);
     if args.keep {
         show::how_to_look_around(&scene)?;
         std::mem::forget(scene);
-    } else {
-        drop(scene);
-        println!("\nEverything is taken down again. `cargo xtask demo --keep` leaves it up to look around.");
+        return played;
     }
-    Ok(())
+    drop(scene);
+    println!("\nEverything is taken down again. `cargo xtask demo --keep` leaves it up to look around.");
+    played
 }
