@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{IsTerminal, stdout};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result, ensure};
@@ -89,9 +90,8 @@ fn identities(scene: &Scene) -> Result<()> {
 fn not_allowed(scene: &Scene) -> Result<()> {
     head("A pod with another identity is refused: the policy of api allows web alone");
     refused(&scene.batch, scene)?;
-    let batch = spiffe_id("batch");
     let entry =
-        scene.agent_b.wait_access("the refusal", |e| e["outcome"] == "not_allowed" && e["peer_id"] == *batch)?;
+        scene.agent_b.wait_access("the refusal", |e| is_from(e, &scene.batch) && e["outcome"] == "not_allowed")?;
     print_entry(&scene.agent_b, &entry, &["direction", "client", "peer_id", "outcome", "message"]);
     let entry = scene.agent_a.wait_access("the other side's view", |e| e["outcome"] == "refused_by_peer")?;
     print_entry(&scene.agent_a, &entry, &["direction", "workload", "outcome", "alert", "message"]);
@@ -102,9 +102,8 @@ fn not_allowed(scene: &Scene) -> Result<()> {
 fn no_identity(scene: &Scene) -> Result<()> {
     head("A pod without an identity is refused: api is STRICT");
     refused(&scene.stranger, scene)?;
-    let client = scene.stranger.v4.to_string();
-    let from_stranger = |entry: &Value| entry["client"].as_str().is_some_and(|c| c.starts_with(&format!("{client}:")));
-    let entry = scene.agent_b.wait_access("the refusal", |e| from_stranger(e) && e["outcome"] == "not_tls")?;
+    let entry =
+        scene.agent_b.wait_access("the refusal", |e| is_from(e, &scene.stranger) && e["outcome"] == "not_tls")?;
     print_entry(&scene.agent_b, &entry, &["direction", "client", "destination", "outcome", "message"]);
     Ok(())
 }
@@ -115,6 +114,11 @@ fn refused(pod: &Pod, scene: &Scene) -> Result<()> {
     ensure!(!out.status.success() && out.stdout.is_empty(), "{} got an answer: {out:?}", pod.name);
     println!("{}$ curl {url}\n{}", pod.name, String::from_utf8_lossy(&out.stderr).trim_end());
     Ok(())
+}
+
+fn is_from(entry: &Value, pod: &Pod) -> bool {
+    let client = entry["client"].as_str().and_then(|client| client.parse::<SocketAddr>().ok());
+    client.is_some_and(|client| client.ip() == pod.v4)
 }
 
 fn metrics(scene: &Scene) -> Result<()> {
