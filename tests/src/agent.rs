@@ -43,10 +43,11 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts it and waits until it is ready.
+    /// Starts it and waits until it is ready and serves its workloads.
     pub fn start(node: &Arc<Node>, config: &Config) -> Result<Self> {
         let agent = Self::spawn(node, config)?;
         agent.wait_ready()?;
+        agent.wait_enrolled(config)?;
         Ok(agent)
     }
 
@@ -78,6 +79,20 @@ impl Agent {
             self.get("/readyz").is_ok_and(|answer| answer.status == 200).then_some(Ok(()))
         });
         ready.and_then(|inner| inner).with_context(|| format!("{}:\n{}", self.node.name, self.log_tail()))
+    }
+
+    /// Waits until it serves every workload of `config`, each with its SVID.
+    pub fn wait_enrolled(&self, config: &Config) -> Result<()> {
+        let keys: Vec<_> = config.workloads.iter().map(|w| format!("{}/{}", w.namespace, w.name)).collect();
+        let served = |state: &Value, key: &str| {
+            let mut pods = state["pods"].as_array().into_iter().flatten();
+            pods.any(|pod| pod["workload"] == key && pod["state"] == "enrolled")
+                && state["workloads"][key]["identity"]["state"] == "ready"
+        };
+        let all = poll::until_true("every workload is enrolled and has an SVID", PATIENCE, || {
+            self.state().is_ok_and(|state| keys.iter().all(|key| served(&state, key)))
+        });
+        all.with_context(|| format!("{}: {:?}\n{}", self.node.name, self.state(), self.log_tail()))
     }
 
     /// Rewrites the configuration and sends SIGHUP; the effect comes when it comes.
@@ -141,10 +156,9 @@ impl Agent {
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
-    /// The access log: one object of fields for each connection that has ended or was refused.
+    /// The access log: one object for each connection that has ended or was refused.
     pub fn access(&self) -> Vec<Value> {
-        let entries = self.log().into_iter().filter(|line| line["target"] == "access");
-        entries.map(|mut line| if line["fields"].is_object() { line["fields"].take() } else { line }).collect()
+        self.log().into_iter().filter(|line| line["target"] == "access").collect()
     }
 
     /// Waits for an entry of the access log, old or new, that `matches`.

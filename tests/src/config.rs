@@ -219,12 +219,24 @@ impl Mesh {
         }
     }
 
-    /// Starts both agents and waits until they are ready.
+    /// Starts both agents and waits until they are ready and serve every workload.
     pub fn start(&self) -> Result<(Agent, Agent)> {
+        self.start_with(|_| {})
+    }
+
+    /// The same, each configuration edited first.
+    pub fn start_with(&self, edit: impl Fn(&mut Config)) -> Result<(Agent, Agent)> {
+        let configs = self.nodes.each_ref().map(|node| {
+            let mut config = self.config(node);
+            edit(&mut config);
+            config
+        });
         let [a, b] = &self.nodes;
-        let (first, second) = (Agent::spawn(a, &self.config(a))?, Agent::spawn(b, &self.config(b))?);
-        first.wait_ready()?;
-        second.wait_ready()?;
+        let (first, second) = (Agent::spawn(a, &configs[0])?, Agent::spawn(b, &configs[1])?);
+        for (agent, config) in [(&first, &configs[0]), (&second, &configs[1])] {
+            agent.wait_ready()?;
+            agent.wait_enrolled(config)?;
+        }
         Ok((first, second))
     }
 

@@ -108,9 +108,10 @@ impl Outcome {
         self.connected && self.sent > 0 && self.sha256 == self.sent_sha256 && matches!(self.end, End::Eof | End::Enough)
     }
 
-    /// Not one byte came back, and the connection was refused, reset or ended.
+    /// Nothing came back but a TLS alert (7 bytes, the first 21), if that, and the connection was refused, reset or ended.
     pub fn refused(&self) -> bool {
-        self.received == 0 && matches!(self.end, End::Reset | End::Never | End::Eof)
+        let nothing = self.received == 0 || self.received == 7 && self.text.starts_with('\x15');
+        nothing && matches!(self.end, End::Reset | End::Never | End::Eof)
     }
 }
 

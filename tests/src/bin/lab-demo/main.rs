@@ -7,6 +7,8 @@ mod scene;
 mod show;
 mod signals;
 
+use std::process::ExitCode;
+
 use anyhow::Result;
 use clap::Parser;
 use sealane_tests::lab;
@@ -24,24 +26,27 @@ struct Args {
     /// Take down what --keep has left
     #[arg(long)]
     down: bool,
+    /// With --down: end with this code
+    #[arg(long, hide = true, default_value_t = 0)]
+    code: u8,
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let args = Args::parse();
     if args.down {
         lab::remove(LAB)?;
         println!("The demo's nodes are gone.");
-        return Ok(());
+        return Ok(args.code.into());
     }
-    signals::clean_up_on_interrupt(|| lab::remove(LAB))?;
+    signals::take_down_on_interrupt()?;
     let scene = Scene::set(LAB)?;
     let played = show::all(&scene);
     if args.keep {
         show::how_to_look_around(&scene)?;
         std::mem::forget(scene);
-        return played;
+        return played.map(|()| ExitCode::SUCCESS);
     }
     drop(scene);
     println!("\nEverything is taken down again. `cargo xtask demo --keep` leaves it up to look around.");
-    played
+    played.map(|()| ExitCode::SUCCESS)
 }
