@@ -20,7 +20,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Build the kernel programs, then the agent: target/<profile>/sealane
+    /// Build the kernel programs, then the agent: target/{debug,release}/sealane
     Build {
         /// With optimisations
         #[arg(long)]
