@@ -225,10 +225,11 @@ impl Task {
         };
         if self.recounted.elapsed() >= RECOUNT {
             self.recounted = Instant::now();
-            self.recount_listeners();
+            self.recount(&writer);
         }
         let left = self.progress_leaving(&writer).await;
-        let gone = self.bury_gone(&writer);
+        let gone = self.release_gone(&writer).await;
+        let enrolled = self.enrol_waiting(&writer).await;
         drop(writer);
         let now = SystemTime::now();
         let expired = |(key, state): (&WorkloadKey, &IdentityState)| {
@@ -237,8 +238,7 @@ impl Task {
         let expired: HashSet<_> = self.identities.iter().filter_map(expired).collect();
         let newly_expired = expired != self.expired;
         self.expired = expired;
-        let waiting = self.control.config.workloads.iter().any(|w| self.wants_enrolment(w));
-        if left || gone || newly_expired || waiting {
+        if left || gone || enrolled || newly_expired {
             self.apply().await;
         } else {
             self.show();
@@ -247,13 +247,10 @@ impl Task {
 
     /// Another agent writes now; this one serves what is open.
     fn lost(&mut self, error: KernelError) {
-        match error {
-            KernelError::Superseded => {
-                if !self.control.superseded.send_replace(true) {
-                    tracing::info!("another agent has taken over; this one only drains from here on");
-                }
-            }
-            error => tracing::error!(%error, "the maps cannot be written"),
+        if !matches!(error, KernelError::Superseded) {
+            tracing::error!(%error, "the maps cannot be written");
+        } else if !self.control.superseded.send_replace(true) {
+            tracing::info!("another agent has taken over; this one only drains from here on");
         }
     }
 

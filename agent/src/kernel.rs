@@ -105,8 +105,7 @@ impl Kernel {
         let generation = maps.generation.get(&0, 0).map_err(map_error("GENERATION"))?.number + 1;
         maps.generation.set(0, Generation { number: generation }, 0).map_err(map_error("GENERATION"))?;
         exempt(&mut maps, &leaf, &capture.cgroup)?;
-        let own_dials =
-            if leaf.below_pods() { None } else { Some(links::attach_own_dials(&ebpf, leaf.path())?) };
+        let own_dials = if leaf.below_pods() { None } else { Some(links::attach_own_dials(&ebpf, leaf.path())?) };
         if !adopting {
             links::attach_cgroup(&ebpf, &capture.cgroup, &dir)?;
         }
@@ -210,8 +209,8 @@ fn retire_other_layouts(bpffs: &Path) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// Pod addresses with all ports but the DISABLED ones; VIP ports with an enrolled endpoint; addresses claimed twice, which the
-/// agent refuses by name rather than letting them go in plaintext.
+/// Pod addresses with all ports but the DISABLED ones; VIP ports with an enrolled endpoint; addresses claimed twice or without a
+/// known ID, which the agent refuses by name rather than letting them go in plaintext.
 fn mesh(snapshot: &Snapshot) -> HashMap<MeshKey, u32> {
     let key = |ip: std::net::IpAddr, port| MeshKey { pod_id: 0, addr: ip.into(), port, pad: 0 };
     let mut mesh = HashMap::new();
@@ -224,12 +223,11 @@ fn mesh(snapshot: &Snapshot) -> HashMap<MeshKey, u32> {
         }
     }
     for ((vip, port), service) in &snapshot.services {
-        let enrolled = |ip| snapshot.peers.contains_key(&ip) || snapshot.conflicts.contains(&ip);
-        if service.endpoints.iter().any(|endpoint| enrolled(endpoint.ip())) {
+        if snapshot.is_mesh(service) {
             mesh.insert(key(*vip, *port), MESH_YES);
         }
     }
-    mesh.extend(snapshot.conflicts.iter().map(|ip| (key(*ip, 0), MESH_YES)));
+    mesh.extend(snapshot.conflicts.iter().chain(&snapshot.pending).map(|ip| (key(*ip, 0), MESH_YES)));
     mesh
 }
 

@@ -107,6 +107,9 @@ pub fn outbound(snap: &Snapshot, from: &LocalWorkload, dst: SocketAddr) -> Resul
     if snap.conflicts.contains(&dst.ip()) {
         return Err(Reason::PeerConflict);
     }
+    if snap.pending.contains(&dst.ip()) && !is_own(from, dst.ip()) {
+        return Err(Reason::IdentityPending);
+    }
     if let Some(service) = snap.services.get(&(dst.ip(), dst.port())) {
         return endpoints(snap, from, dst.ip(), &service.endpoints);
     }
@@ -223,15 +226,17 @@ fn endpoints(
     if endpoints.is_empty() {
         return Err(Reason::NoEndpoint);
     }
-    // One endpoint that is claimed twice must not take the service down.
-    let certain = endpoints.iter().filter(|endpoint| !snap.conflicts.contains(&endpoint.ip()));
+    // One endpoint that is claimed twice, or has no known ID yet, must not take the service down.
+    let pending = |ip| snap.pending.contains(&ip) && !is_own(from, ip);
+    let certain = endpoints.iter().filter(|e| !snap.conflicts.contains(&e.ip()) && !pending(e.ip()));
     let (mut candidates, other): (Vec<_>, Vec<_>) = certain
         .map(|endpoint| candidate(snap, from, *endpoint))
         .partition(|candidate| candidate.addr.is_ipv4() == vip.is_ipv4());
     let same_family = candidates.len();
     candidates.extend(other);
     if candidates.is_empty() {
-        return Err(Reason::PeerConflict);
+        let waits = endpoints.iter().any(|endpoint| pending(endpoint.ip()));
+        return Err(if waits { Reason::IdentityPending } else { Reason::PeerConflict });
     }
     Ok(OutboundPermit { candidates, same_family })
 }

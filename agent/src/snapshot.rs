@@ -32,6 +32,8 @@ pub struct Snapshot {
     pub peers: HashMap<IpAddr, Arc<Peer>>,
     /// Addresses that two workloads, two services, or a workload and a service claim; they are in no other map.
     pub conflicts: HashSet<IpAddr>,
+    /// Addresses of this node's enrolled workloads whose ID is not known: calls to them wait, and are refused in the end.
+    pub pending: HashSet<IpAddr>,
     /// By virtual address and port.
     pub services: HashMap<(IpAddr, u16), Arc<ServicePort>>,
     /// How long things may take.
@@ -194,13 +196,15 @@ impl Snapshot {
                 (key.clone(), Arc::new(LocalWorkload { workload: workload.clone(), identity, listener }))
             })
             .collect();
-        let Destinations { peers, conflicts, services } = destinations::destinations(config, &workloads, announced, previous);
+        let Destinations { peers, conflicts, pending, services } =
+            destinations::destinations(config, &workloads, announced, previous);
         Self {
             epoch,
             trust_domain: config.trust_domain.clone(),
             workloads,
             peers,
             conflicts,
+            pending,
             services,
             timeouts: config.timeouts,
             limits: config.limits,
@@ -209,8 +213,14 @@ impl Snapshot {
 
     /// True where the service is a mesh destination: at least one endpoint is enrolled, or claimed twice.
     pub fn is_mesh(&self, service: &ServicePort) -> bool {
-        let enrolled = |ip| self.peers.contains_key(&ip) || self.conflicts.contains(&ip);
-        service.endpoints.iter().any(|endpoint| enrolled(endpoint.ip()))
+        service.endpoints.iter().any(|endpoint| self.is_enrolled(endpoint.ip()))
+    }
+}
+
+impl Snapshot {
+    /// True for an address that enrolled workloads claim.
+    pub fn is_enrolled(&self, ip: IpAddr) -> bool {
+        self.peers.contains_key(&ip) || self.pending.contains(&ip) || self.conflicts.contains(&ip)
     }
 }
 

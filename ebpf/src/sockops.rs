@@ -46,10 +46,8 @@ fn connecting(ctx: &SockOpsContext, pod_id: u32) {
     // SAFETY: the pointer is the socket's own storage, checked by `ops_storage`.
     let captured = ctx::ops_storage(ctx, &DECISION, false).is_some_and(|decision| unsafe { *decision } != 0);
     let mark = ctx::ops_mark(ctx);
-    if captured && mark & MARK == 0 {
-        if !ctx::set_ops_mark(ctx, mark | MARK) {
-            count::add(Reason::MarkFailed);
-        }
+    if captured && mark & MARK == 0 && !ctx::set_ops_mark(ctx, mark | MARK) {
+        count::add(Reason::MarkFailed);
     }
 }
 
@@ -57,13 +55,8 @@ fn connecting(ctx: &SockOpsContext, pod_id: u32) {
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext, pod_id: u32) {
     let (local, remote) = ctx::ends(ctx);
-    let tuple = DialTuple {
-        pod_id,
-        local: local.addr,
-        remote: remote.addr,
-        local_port: local.port,
-        remote_port: remote.port,
-    };
+    let tuple =
+        DialTuple { pod_id, local: local.addr, remote: remote.addr, local_port: local.port, remote_port: remote.port };
     // SAFETY: copied out at once; the 4-tuple is in use, so nobody else writes this entry.
     let Some(client) = unsafe { DIAL_TUPLE.get(tuple) }.copied() else { return };
     if let Some(shown) = ctx::ops_storage(ctx, &CLIENT, true) {

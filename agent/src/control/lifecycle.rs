@@ -7,9 +7,9 @@ use sealane_common::reason::Reason;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 
-use super::status::PodStatus;
 use super::Task;
-use crate::kernel::pod::{Pod, PodSockets};
+use super::status::PodStatus;
+use crate::kernel::pod::{Pod, PodSockets, Uncovered};
 use crate::kernel::{KernelError, Writer};
 use crate::proxy::{PodListeners, Serving, serve_pod};
 use crate::snapshot::IdentityState;
@@ -32,6 +32,7 @@ pub(super) struct Active {
     handle: Option<Serving>,
     modes: Vec<(u16, Mode)>,
     contained: bool,
+    uncovered: Uncovered,
 }
 
 /// Un-enrolment's steps, each until a moment.
@@ -77,19 +78,12 @@ impl Life {
             detail,
             connections,
             contained: active.is_none_or(|active| active.contained),
+            uncovered: active.map_or_else(Uncovered::default, |active| active.uncovered),
         }
     }
 }
 
 impl Task {
-    /// True for a configured pod that is not enrolled and could be now.
-    pub(super) fn wants_enrolment(&self, workload: &Workload) -> bool {
-        match self.pods.get(&workload.key) {
-            Some(Life::Enrolled(_) | Life::Leaving(..)) => false,
-            Some(Life::Waiting(_)) | None => workload.netns.exists(),
-        }
-    }
-
     /// Enrols what can be; true where something was.
     pub(super) async fn enrol_waiting(&mut self, writer: &Writer) -> bool {
         let mut enrolled = false;
@@ -132,7 +126,8 @@ impl Task {
         let (pod, sockets) = enrolled.map_err(|error| error.to_string())?;
         let handle = self.serve(&pod, sockets).map_err(|error| error.to_string())?;
         let modes = modes(&local.listener);
-        Ok(Active { workload: workload.clone(), pod, handle: Some(handle), modes, contained: true })
+        let uncovered = Uncovered::default();
+        Ok(Active { workload: workload.clone(), pod, handle: Some(handle), modes, contained: true, uncovered })
     }
 
     fn serve(&self, pod: &Pod, sockets: PodSockets) -> std::io::Result<Serving> {
@@ -207,8 +202,8 @@ impl Task {
         !left.is_empty()
     }
 
-    /// Pods whose netns is gone; true where there was one.
-    pub(super) fn bury_gone(&mut self, writer: &Writer) -> bool {
+    /// Lets go pods whose netns is no longer where it was: deleted, or replaced by a new pod's. True where there was one.
+    pub(super) async fn release_gone(&mut self, writer: &Writer) -> bool {
         let gone = |life: &Life| {
             life.active().is_some_and(|active| {
                 !fs::metadata(&active.workload.netns).is_ok_and(|meta| meta.ino() == active.pod.netns_inode())
@@ -221,9 +216,11 @@ impl Task {
             if let Some(handle) = &active.handle {
                 handle.close(Reason::UnknownWorkload);
             }
-            if let Err(error) = self.control.kernel.bury(writer, &active.pod) {
+            // The netns may live on unnamed, so it is left as it was found.
+            if let Err(error) = self.control.kernel.release(writer, &active.pod).await {
                 tracing::error!(workload = %key, %error, "removing a pod that is gone");
             }
+            self.control.ctx.metrics.forget(key);
             tracing::info!(workload = %key, "the pod is gone");
         }
         !keys.is_empty()
@@ -239,7 +236,8 @@ impl Task {
             let adopted = self.control.kernel.adopt(id, &record, &key).await;
             match adopted {
                 Ok(Some((workload, pod))) => {
-                    let active = Active { workload, pod, handle: None, modes: Vec::new(), contained: true };
+                    let (modes, uncovered) = Default::default();
+                    let active = Active { workload, pod, handle: None, modes, contained: true, uncovered };
                     let phase = Phase::Grace(Instant::now());
                     self.pods.insert(key, Life::Leaving(Box::new(active), phase));
                 }
@@ -292,12 +290,17 @@ impl Task {
         }
     }
 
-    pub(super) fn recount_listeners(&mut self) {
-        for (key, life) in &self.pods {
-            if let Some(active) = life.active()
-                && let Err(error) = self.control.kernel.count_listeners(&active.pod)
-            {
+    /// Listening ports, and what the capture does not cover.
+    pub(super) fn recount(&mut self, _writer: &Writer) {
+        let pods_cgroups = self.control.kernel.pods_cgroups();
+        for (key, life) in &mut self.pods {
+            let (Life::Enrolled(active) | Life::Leaving(active, _)) = life else { continue };
+            if let Err(error) = self.control.kernel.count_listeners(&active.pod) {
                 tracing::error!(workload = %key, %error, "listening ports");
+            }
+            match self.control.kernel.uncovered(&active.pod, &pods_cgroups) {
+                Ok(uncovered) => active.uncovered = uncovered,
+                Err(error) => tracing::error!(workload = %key, %error, "listing sockets"),
             }
         }
     }

@@ -4,6 +4,8 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 
+use crate::kernel::pod::Uncovered;
+
 /// The control task's own view of the node.
 #[derive(Debug, Default)]
 pub struct Status {
@@ -33,6 +35,9 @@ pub struct PodStatus {
     pub connections: usize,
     /// False where the pod has undone its capture at some time (it holds CAP_NET_ADMIN); it was restored each time.
     pub contained: bool,
+    /// Sockets that the capture does not cover.
+    #[serde(flatten)]
+    pub uncovered: Uncovered,
 }
 
 impl Status {

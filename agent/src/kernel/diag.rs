@@ -16,14 +16,12 @@ const NLM_F_DUMP: u16 = 0x300;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const INET_DIAG_MARK: u16 = 15;
+const INET_DIAG_CGROUP_ID: u16 = 21;
 const HEADER: usize = 16;
 const SOCKID: usize = 48;
 const MESSAGE: usize = 72;
 
 /// TCP states, as bits of a dump's filter.
-const ESTABLISHED: u32 = 1 << 1;
-const SYN_SENT: u32 = 1 << 2;
-const SYN_RECV: u32 = 1 << 3;
 const TIME_WAIT: u32 = 1 << 6;
 const LISTEN: u32 = 1 << 10;
 const NEW_SYN_RECV: u32 = 1 << 12;
@@ -32,8 +30,6 @@ const ALL: u32 = 0x1fff;
 pub const LIVE: u32 = ALL & !(LISTEN | TIME_WAIT | NEW_SYN_RECV);
 /// Listening sockets.
 pub const LISTENING: u32 = LISTEN;
-/// Sockets whose peer has answered or may soon.
-pub const OPENING: u32 = ESTABLISHED | SYN_SENT | SYN_RECV;
 
 /// A TCP socket as the kernel lists it.
 #[derive(Clone, Debug)]
@@ -44,6 +40,8 @@ pub struct TcpSocket {
     pub remote: SocketAddr,
     /// SO_MARK.
     pub mark: u32,
+    /// Id of the cgroup that it was made in, where the kernel says.
+    pub cgroup: Option<u64>,
     family: u8,
     id: [u8; SOCKID],
 }
@@ -121,10 +119,13 @@ fn parse(message: &[u8]) -> Option<TcpSocket> {
     let id: [u8; SOCKID] = message.get(4..4 + SOCKID)?.try_into().ok()?;
     let family = *message.first()?;
     let port = |at: usize| u16::from_be_bytes([id[at], id[at + 1]]);
+    let attributes = message.get(MESSAGE..)?;
     Some(TcpSocket {
         local: SocketAddr::new(address(family, &id[4..20])?, port(0)),
         remote: SocketAddr::new(address(family, &id[20..36])?, port(2)),
-        mark: attribute(message.get(MESSAGE..)?, INET_DIAG_MARK).and_then(|value| u32_at(value, 0)).unwrap_or(0),
+        mark: attribute(attributes, INET_DIAG_MARK).and_then(|value| u32_at(value, 0)).unwrap_or(0),
+        cgroup: attribute(attributes, INET_DIAG_CGROUP_ID)
+            .and_then(|value| Some(u64::from_ne_bytes(value.try_into().ok()?))),
         family,
         id,
     })

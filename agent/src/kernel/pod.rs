@@ -1,7 +1,7 @@
 //! Enrolling one pod, keeping it captured, and letting it go, each in the order that never lets a captured byte out in
 //! plaintext.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd;
@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::{fs, net};
 
 use sealane_common::keys::{
-    AGENT_MARK, CAPTURE, GUARD, INBOUND, ListenerKey, MARK, MODE_DISABLED, MODE_PERMISSIVE, MODE_STRICT, OUTBOUND, PodAddr, PodEntry,
-    PodPort, PodRecord, PodRules,
+    AGENT_MARK, CAPTURE, GUARD, INBOUND, ListenerKey, MARK, MODE_DISABLED, MODE_PERMISSIVE, MODE_STRICT, OUTBOUND,
+    PodAddr, PodEntry, PodPort, PodRecord, PodRules,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::mpsc;
@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use super::diag::{self, TcpSocket};
 use super::netns::NetNs;
 use super::route::{Network, Routes};
-use super::{Kernel, KernelError, Writer, links, map_error, maps, sysctl};
+use super::{Kernel, KernelError, Writer, cgroup, links, map_error, maps, sysctl};
 use crate::podnet::PodNet;
 use crate::snapshot::Listener;
 use crate::sys;
@@ -39,6 +39,16 @@ pub struct Pod {
     routes: Routes,
     network: Network,
     workload: Workload,
+}
+
+/// Sockets of an enrolled pod that the capture does not cover.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Uncovered {
+    /// Neither captured nor the agent's: from before the enrolment, or with an end that is not the mesh's.
+    pub plaintext_sockets: usize,
+    /// Made outside `capture.cgroup`.
+    pub foreign_sockets: usize,
 }
 
 impl Pod {
@@ -156,6 +166,26 @@ impl Kernel {
         maps::converge(&mut self.maps.listening_before, &before, mine).map_err(map_error("LISTENING_BEFORE"))
     }
 
+    /// Ids of the pods' cgroups, for [`Self::uncovered`].
+    pub fn pods_cgroups(&self) -> HashSet<u64> {
+        cgroup::ids_below(&self.capture.cgroup).into_iter().collect()
+    }
+
+    /// What the capture does not cover: connections from before the enrolment, and sockets that were made outside the pods'
+    /// cgroup (a process that entered the netns, a socket that was passed in).
+    pub fn uncovered(&self, pod: &Pod, pods_cgroups: &HashSet<u64>) -> Result<Uncovered, KernelError> {
+        let own = |socket: &SocketAddr| socket.ip().is_loopback() || pod.network.addresses.contains(&socket.ip());
+        let mut uncovered = Uncovered::default();
+        for socket in diag::dump(&pod.netns, diag::LIVE).map_err(|source| KernelError::Diag { source })? {
+            if socket.mark & AGENT_MARK != 0 || (own(&socket.local) && own(&socket.remote)) {
+                continue;
+            }
+            uncovered.plaintext_sockets += usize::from(socket.mark & MARK == 0);
+            uncovered.foreign_sockets += usize::from(socket.cgroup.is_some_and(|id| !pods_cgroups.contains(&id)));
+        }
+        Ok(uncovered)
+    }
+
     /// First step of un-enrolment: new connects go the kernel's way; the guard stays while marked sockets live.
     pub fn capture_off(&mut self, _writer: &Writer, pod: &Pod) -> Result<(), KernelError> {
         let entry = PodEntry { pod_id: pod.id, flags: GUARD };
@@ -200,12 +230,6 @@ impl Kernel {
         maps::remove(&mut self.maps.rules, &id).map_err(map_error("POD_RULES"))?;
         maps::remove(&mut self.maps.records, &id).map_err(map_error("POD_RECORDS"))?;
         remove_link(&links::lookup_path(&self.dir, id))
-    }
-
-    /// A pod that is gone, netns and all: what is left of it in the maps goes.
-    pub fn bury(&mut self, _writer: &Writer, pod: &Pod) -> Result<(), KernelError> {
-        maps::remove(&mut self.maps.pods, &pod.netns.cookie()).map_err(map_error("PODS"))?;
-        self.forget(pod.id)
     }
 
     /// Every enrolment that the maps know, with the path of its netns.
@@ -281,7 +305,8 @@ impl Kernel {
     fn write_rules(&mut self, pod: &Pod, listener: &Listener) -> Result<(), KernelError> {
         let port = |port: &u16| PodPort { pod_id: pod.id, port: *port, pad: 0 };
         let modes = listener.ports.iter().map(|(p, rule)| (port(p), mode(rule.mode))).collect();
-        maps::converge(&mut self.maps.port_modes, &modes, |key| key.pod_id == pod.id).map_err(map_error("PORT_MODES"))?;
+        maps::converge(&mut self.maps.port_modes, &modes, |key| key.pod_id == pod.id)
+            .map_err(map_error("PORT_MODES"))?;
         let rules = PodRules {
             mode: mode(listener.default.mode),
             agent_port_first: *self.capture.ports.start(),
@@ -303,7 +328,8 @@ impl Kernel {
         let own = |socket: &SocketAddr| socket.ip().is_loopback() || pod.network.addresses.contains(&socket.ip());
         let mut victims = diag::dump(&pod.netns, diag::LIVE).map_err(failed)?;
         victims.retain(|socket| {
-            let accepted = listening.contains(&socket.local.port()) && !self.capture.ports.contains(&socket.local.port());
+            let accepted =
+                listening.contains(&socket.local.port()) && !self.capture.ports.contains(&socket.local.port());
             socket.mark & (MARK | AGENT_MARK) == 0
                 && accepted
                 && own(&socket.local)

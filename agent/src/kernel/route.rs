@@ -59,8 +59,7 @@ impl Routes {
         ];
         let failed = |source| KernelError::Netlink { what: "connection", source };
         let open = || Ok((rtnetlink::new_connection()?, rtnetlink::new_multicast_connection(&groups)?));
-        let ((connection, handle, _), (watch, _, mut events)) =
-            netns.enter(open).map_err(failed)?.map_err(failed)?;
+        let ((connection, handle, _), (watch, _, mut events)) = netns.enter(open).map_err(failed)?.map_err(failed)?;
         let watch = tokio::spawn(async move {
             tokio::pin!(watch);
             loop {
@@ -84,14 +83,14 @@ impl Routes {
         let mut addresses = self.handle.address().get().execute();
         while let Some(message) = addresses.try_next().await.map_err(failed)? {
             // IFA_LOCAL is the own address of a point-to-point link, where IFA_ADDRESS is the other end's.
-            let local = message.attributes.iter().find_map(|attribute| match attribute {
-                AddressAttribute::Local(ip) => Some(*ip),
-                _ => None,
-            });
-            let address = message.attributes.iter().find_map(|attribute| match attribute {
-                AddressAttribute::Address(ip) => Some(*ip),
-                _ => None,
-            });
+            let (mut local, mut address) = (None, None);
+            for attribute in &message.attributes {
+                if let AddressAttribute::Local(ip) = attribute {
+                    local = Some(*ip);
+                } else if let AddressAttribute::Address(ip) = attribute {
+                    address = Some(*ip);
+                }
+            }
             network.addresses.extend(local.or(address).filter(|ip| !ip.is_loopback()));
         }
         let mut links = self.handle.link().get().execute();
@@ -145,7 +144,8 @@ impl Routes {
     async fn our_rules(&self, version: &IpVersion) -> Result<Vec<RuleMessage>, KernelError> {
         let rules = self.handle.rule().get(version.clone()).execute();
         let ours = |rule: &RuleMessage| {
-            rule.attributes.contains(&RuleAttribute::Table(TABLE)) && rule.attributes.contains(&RuleAttribute::FwMark(MARK))
+            rule.attributes.contains(&RuleAttribute::Table(TABLE))
+                && rule.attributes.contains(&RuleAttribute::FwMark(MARK))
         };
         let found = rules.try_filter(|rule| std::future::ready(ours(rule))).try_collect().await;
         found.map_err(|source| KernelError::Route { what: "rule dump", source })
@@ -226,10 +226,6 @@ fn gone(result: Result<(), rtnetlink::Error>, what: &'static str) -> Result<(), 
 }
 
 fn is_errno(error: &rtnetlink::Error, codes: &[i32]) -> bool {
-    match error {
-        rtnetlink::Error::NetlinkError(message) => {
-            message.to_io().raw_os_error().is_some_and(|code| codes.contains(&code))
-        }
-        _ => false,
-    }
+    let rtnetlink::Error::NetlinkError(message) = error else { return false };
+    message.to_io().raw_os_error().is_some_and(|code| codes.contains(&code))
 }

@@ -253,3 +253,12 @@ fn open_inbound_connections() {
     assert_eq!(judge(&gone, &a, now), Err(Reason::UnknownWorkload));
     assert_eq!(judge(&gone, &plain, now), Err(Reason::UnknownWorkload));
 }
+
+#[test]
+fn a_workload_whose_id_is_not_known_yet_is_waited_for() {
+    let config = config(&format!("{}policies: []\n", MESH.split("policies:").next().unwrap()));
+    let snap = snapshot(&config, [("web", ready(WEB_ID))]);
+    assert_eq!(dial(&snap, "10.0.0.2:80"), Err(Reason::IdentityPending));
+    // The service's other endpoint is the caller itself.
+    assert_eq!(dial(&snap, "10.9.0.3:80").unwrap(), ["10.0.0.1:80 hairpin"]);
+}

@@ -58,6 +58,7 @@ pub(crate) fn snapshot(workloads: impl IntoIterator<Item = LocalWorkload>) -> Sn
         workloads: workloads.into_iter().map(|w| (w.workload.key.clone(), Arc::new(w))).collect(),
         peers: HashMap::new(),
         conflicts: HashSet::new(),
+        pending: HashSet::new(),
         services: HashMap::new(),
         timeouts: Timeouts {
             connect: Duration::from_secs(2),

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use super::{IdentityState, LocalWorkload, ServicePort, Snapshot};
 use crate::config::Config;
 use crate::identity::SpiffeId;
-use crate::workload::{Mode, Peer, WorkloadKey};
+use crate::workload::{Peer, WorkloadKey};
 
 /// The three maps of a snapshot that are keyed by destination.
 pub(super) struct Destinations {
     pub(super) peers: HashMap<IpAddr, Arc<Peer>>,
     pub(super) conflicts: HashSet<IpAddr>,
+    pub(super) pending: HashSet<IpAddr>,
     pub(super) services: HashMap<(IpAddr, u16), Arc<ServicePort>>,
 }
 
@@ -23,10 +24,14 @@ pub(super) fn destinations(
     previous: Option<&Snapshot>,
 ) -> Destinations {
     let conflicts = conflicts(config);
-    let announced = workloads.values().filter(|local| announced.contains(&local.workload.key));
-    let announced = announced.filter_map(|local| as_peer(local, previous));
+    let announced = || workloads.values().filter(|local| announced.contains(&local.workload.key));
+    let (known, unknown): (Vec<_>, Vec<_>) =
+        announced().map(|local| (local, as_peer(local, previous))).partition(|(_, peer)| peer.is_some());
+    let pending = unknown.iter().flat_map(|(local, _)| local.workload.ips.iter().copied());
+    let pending = pending.filter(|ip| !conflicts.contains(ip)).collect();
+    let known = known.into_iter().filter_map(|(_, peer)| peer);
     let mut peers = HashMap::new();
-    for peer in config.peers.iter().cloned().chain(announced).map(Arc::new) {
+    for peer in config.peers.iter().cloned().chain(known).map(Arc::new) {
         for ip in peer.ips.iter().filter(|ip| !conflicts.contains(ip)) {
             peers.insert(*ip, peer.clone());
         }
@@ -41,7 +46,7 @@ pub(super) fn destinations(
             }
         }
     }
-    Destinations { peers, conflicts, services }
+    Destinations { peers, conflicts, pending, services }
 }
 
 /// Addresses of two pods, of a pod and a service, or of two services with the same port. A pod claims its addresses
@@ -84,16 +89,13 @@ fn as_peer(local: &LocalWorkload, previous: Option<&Snapshot>) -> Option<Peer> {
     })
 }
 
-/// The ID that callers must find. A workload that is not announced is called in plaintext, so one that STRICT already
-/// binds, or that was announced before its SVID was withdrawn, is announced as far as its ID is known: such calls are
-/// refused, and never go out in plaintext.
+/// The ID that callers must find, as far as it is known: also of a workload that has no SVID yet or whose SVID was withdrawn.
+/// Such calls fail at the other end, or wait here where no ID is known; they never go out in plaintext.
 fn announced_id(local: &LocalWorkload, previous: Option<&Snapshot>) -> Option<SpiffeId> {
     let workload = &local.workload;
     match &local.identity {
         IdentityState::Ready(tls) => Some(tls.identity().svid.id.clone()),
-        IdentityState::Pending if local.listener.default.mode == Mode::Strict => workload.spiffe_id.clone(),
-        IdentityState::Pending => None,
-        IdentityState::Withdrawn => {
+        IdentityState::Pending | IdentityState::Withdrawn => {
             let before = previous.and_then(|snapshot| {
                 workload.ips.iter().filter_map(|ip| snapshot.peers.get(ip)).find(|peer| peer.key == workload.key)
             });

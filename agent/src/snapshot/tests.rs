@@ -302,16 +302,24 @@ fn a_withdrawn_svid_keeps_its_workload_from_plaintext() {
 }
 
 #[test]
-fn a_strict_workload_is_announced_as_soon_as_its_id_is_known() {
-    let workload = "workloads:
-  - { name: web, namespace: shop, netns: /w, ips: [10.0.0.1], spiffeId: 'spiffe://shop.example/web', identity: { source: embedded } }
-policies:
-";
-    for (mode, announced) in [("STRICT", true), ("PERMISSIVE", false)] {
-        let policy = format!("  - {{ name: p, namespace: shop, listener: {{ mode: {mode} }} }}\n");
-        let snapshot = snapshot(&config(&format!("{workload}{policy}")), []);
-        assert_eq!(snapshot.peers.contains_key(&ip("10.0.0.1")), announced, "{mode}");
-    }
+fn an_enrolled_workload_without_an_svid_is_never_called_in_plaintext() {
+    let workload = |id: &str, source: &str| {
+        config(&format!(
+            "workloads:
+  - {{ name: web, namespace: shop, netns: /w, ips: [10.0.0.1], {id} identity: {{ source: {source} }} }}
+"
+        ))
+    };
+    let known = workload("spiffeId: 'spiffe://shop.example/web',", "embedded");
+    assert!(snapshot(&known, []).peers.contains_key(&ip("10.0.0.1")));
+
+    let unknown = workload("", "files");
+    let waiting = snapshot(&unknown, []);
+    assert!(!waiting.peers.contains_key(&ip("10.0.0.1")));
+    assert!(waiting.pending.contains(&ip("10.0.0.1")) && waiting.is_enrolled(ip("10.0.0.1")));
+
+    let not_enrolled = Snapshot::build(1, &unknown, &HashMap::new(), &HashSet::new(), None);
+    assert!(!not_enrolled.is_enrolled(ip("10.0.0.1")));
 }
 
 #[test]
