@@ -106,11 +106,17 @@ impl PodNet {
     }
 }
 
-/// What every socket of the data path gets: reset on drop, no Nagle delay, and an end to peers that died silently.
-/// No TCP_USER_TIMEOUT: the kernel counts a closed window as unanswered, so it kills connections whose reader pauses.
+/// A peer that vanished without a word is noticed after two minutes of silence.
+const KEEPALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(10)).with_retries(6);
+
+/// What every socket of the data path carries from its first moment to its end.
+///
+/// The linger of zero makes a crash a reset: without it an application would take a truncated stream for a whole one. It is
+/// cleared only when both directions have ended. TCP_USER_TIMEOUT is absent on purpose: the kernel applies it to a closed
+/// window as well, so it would reset every connection whose reader pauses for that long.
 pub fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_linger(Some(Duration::ZERO))?;
     socket.set_tcp_nodelay(true)?;
-    let keepalive = TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(10));
-    socket.set_tcp_keepalive(&keepalive.with_retries(6))
+    socket.set_tcp_keepalive(&KEEPALIVE)
 }

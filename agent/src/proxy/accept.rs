@@ -7,24 +7,20 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use sealane_common::keys::MARK;
 use sealane_common::reason::Reason;
-use socket2::{SockRef, TcpKeepalive};
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::sleep;
 
 use super::{Pod, serve};
 use crate::drain::Watcher;
 use crate::metrics::{ConnRecord, Direction};
+use crate::podnet;
 
 /// Where accept fails for want of descriptors or memory, the next attempt waits this long, and twice as long each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 /// Up to this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-
-/// A peer that vanished without a word is noticed after two minutes of silence.
-const KEEPALIVE: TcpKeepalive =
-    TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(10)).with_retries(6);
 
 /// An accepted connection; addresses as the sockets show them, IPv4 as IPv4.
 pub(super) struct Accepted {
@@ -64,17 +60,6 @@ pub(super) async fn run(pod: Arc<Pod>, listener: TcpListener, direction: Directi
     }
 }
 
-/// What every socket of the agent's carries from its first moment to its end.
-///
-/// The linger of zero makes a crash a reset: without it an application would take a truncated stream for a whole one. It is
-/// cleared ([`end_in_order`]) only when both directions have ended. TCP_USER_TIMEOUT is absent on purpose: the kernel applies
-/// it to a closed window as well, so it would reset every connection whose reader pauses for that long.
-pub(super) fn set_options(socket: &SockRef<'_>) -> io::Result<()> {
-    socket.set_linger(Some(Duration::ZERO))?;
-    socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(&KEEPALIVE)
-}
-
 /// Lets the kernel deliver what is still under way after the socket is closed.
 pub(super) fn end_in_order(stream: &TcpStream) {
     // Failure leaves the reset, which is the safe end.
@@ -107,15 +92,7 @@ impl Drop for Slot {
 }
 
 fn admit(pod: &Arc<Pod>, stream: TcpStream, client: SocketAddr, direction: Direction, watcher: &Watcher) {
-    let socket = SockRef::from(&stream);
-    if direction == Direction::Outbound {
-        // The kernel's reset for an application that vanished is routed by this mark (with fwmark_reflect) back to us. Without
-        // it (no CAP_NET_ADMIN) keepalive still finds out.
-        if let Err(error) = socket.set_mark(MARK) {
-            tracing::debug!(%error, "cannot mark an accepted socket");
-        }
-    }
-    let Ok(destination) = set_options(&socket).and_then(|()| stream.local_addr()) else { return };
+    let Ok(destination) = podnet::prepare(&SockRef::from(&stream)).and_then(|()| stream.local_addr()) else { return };
     let conn = Accepted { stream, client: unmapped(client), destination: unmapped(destination) };
     let key = pod.net.key().clone();
     let record = ConnRecord::accepted(pod.ctx.metrics.clone(), direction, key, conn.client, conn.destination);

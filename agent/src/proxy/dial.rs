@@ -5,12 +5,11 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use sealane_common::reason::Reason;
-use socket2::{SockRef, Socket};
+use socket2::Socket;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
 use super::Pod;
-use super::accept;
 use super::error::{self, Failure};
 use crate::metrics::ConnRecord;
 use crate::policy::{Candidate, How, InboundPermit, OutboundPermit};
@@ -63,7 +62,6 @@ async fn connect(
     let began = Instant::now();
     let connect = TcpSocket::from_std_stream(socket.into()).connect(to);
     let stream = timeout(time, connect).await.map_err(|_| Reason::ConnectTimeout)?.map_err(error::dial)?;
-    accept::set_options(&SockRef::from(&stream)).map_err(error::dial)?;
     pod.ctx.metrics.connect_seconds.observe(began.elapsed().as_secs_f64());
     Ok(stream)
 }

@@ -56,7 +56,7 @@ impl Lab {
         let (listener, addr) = listen(POD).await;
         let (client, accepted) = tokio::join!(connect(from, addr), listener.accept());
         let (stream, peer) = accepted.unwrap();
-        accept::set_options(&socket2::SockRef::from(&stream)).unwrap();
+        crate::podnet::prepare(&socket2::SockRef::from(&stream)).unwrap();
         let conn = Accepted { stream, client: peer, destination };
         let pod = self.pod.clone();
         let metrics = pod.ctx.metrics.clone();
@@ -566,7 +566,7 @@ async fn close_resets_what_is_open_with_its_reason() {
     let (listener, to) = listen(POD).await;
     let (mut client, accepted) = tokio::join!(connect(REMOTE, to), listener.accept());
     let (stream, from) = accepted.unwrap();
-    accept::set_options(&socket2::SockRef::from(&stream)).unwrap();
+    crate::podnet::prepare(&socket2::SockRef::from(&stream)).unwrap();
     let record = ConnRecord::accepted(lab.pod.ctx.metrics.clone(), Direction::Inbound, key("pod"), from, addr);
     let conn = Accepted { stream, client: from, destination: addr };
     let slot = lab.pod.connections.take(1).unwrap();

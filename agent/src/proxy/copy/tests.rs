@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use super::*;
-use crate::proxy::accept::set_options;
+use crate::podnet::prepare;
 use crate::proxy::stream::{Peer, Replay};
 use crate::proxy::testing::{self, pair};
 use crate::tls::test_ca::TestCa;
@@ -20,8 +20,8 @@ const LONG: Duration = Duration::from_secs(20);
 
 /// Copies between two sockets as the agent does, and closes them at the end as it does.
 fn copying(mut app: TcpStream, mut peer: Peer) -> JoinHandle<(Result<(), Failure>, [u64; 2])> {
-    set_options(&SockRef::from(&app)).unwrap();
-    set_options(&SockRef::from(peer.tcp())).unwrap();
+    prepare(&SockRef::from(&app)).unwrap();
+    prepare(&SockRef::from(peer.tcp())).unwrap();
     tokio::spawn(async move {
         let traffic = Traffic::for_test();
         let result = duplex(&mut app, &mut peer, &traffic).await;
