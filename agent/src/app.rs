@@ -45,7 +45,8 @@ async fn serve(config: Config, config_path: &Path, leaf: Leaf) -> anyhow::Result
     let pins = kernel::layout_dir(&config.capture.bpffs);
     let metrics = Arc::new(Metrics::new(snapshots.clone(), Arc::new(move || maps::events(&pins).unwrap_or_default())));
     let status = Arc::new(Status::default());
-    // Before the takeover, after which the agent before closes its own.
+    let reloads = config_watch::watch(config_path)?;
+    // Everything that can fail comes before the takeover. The pages too: after it, the agent before closes its own.
     let admin = start_admin(&config, &snapshots, &metrics, &status).context("admin.listen")?;
     let kernel = Kernel::open(config.capture.clone(), leaf)?;
     let ctx = Arc::new(Ctx { snapshots, metrics });
@@ -58,7 +59,6 @@ async fn serve(config: Config, config_path: &Path, leaf: Leaf) -> anyhow::Result
         },
         identities_tx,
     );
-    let reloads = config_watch::watch(config_path)?;
     let (stop_tx, stop) = watch::channel(None);
     let (superseded, mut taken_over) = watch::channel(false);
     tracing::info!(node = %config.node, generation = kernel.generation(), "sealane agent");

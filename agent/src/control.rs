@@ -125,7 +125,8 @@ impl Task {
             Ok(new) if new == self.control.config => self.control.status.set_config_error(None),
             Ok(new) => {
                 self.control.status.set_config_error(None);
-                for workload in self.control.config.workloads.iter().filter(|w| !new.workloads.contains(w)) {
+                let stays = |key: &WorkloadKey| new.workloads.iter().any(|workload| workload.key == *key);
+                for workload in self.control.config.workloads.iter().filter(|workload| !stays(&workload.key)) {
                     self.control.sources.forget(&workload.key);
                 }
                 for workload in new.workloads.iter().filter(|w| !self.control.config.workloads.contains(w)) {
@@ -148,6 +149,8 @@ impl Task {
                 }
             },
             Err(Reason::IdentityWithdrawn) => IdentityState::Withdrawn,
+            // A source that begins anew has nothing yet; that takes nothing back.
+            Err(_) if self.identities.contains_key(&update.workload) => return,
             Err(_) => IdentityState::Pending,
         };
         match &state {
@@ -172,10 +175,9 @@ impl Task {
             self.publish();
         }
         self.follow_policy(&writer);
-        if let Err(error) = self.control.kernel.sync_mesh(&writer, &self.previous) {
-            tracing::error!(%error, "mesh destinations");
-        }
-        self.finish_takeover(&writer).await;
+        self.sync_mesh(&writer);
+        self.finish_takeover(&writer);
+        self.let_orphans_go(&writer).await;
         drop(writer);
         self.show();
     }
@@ -184,7 +186,8 @@ impl Task {
         let announced: HashSet<WorkloadKey> =
             self.pods.iter().filter(|(_, life)| life.is_announced()).map(|(key, _)| key.clone()).collect();
         let mut config = self.control.config.clone();
-        config.workloads.extend(self.pods.values().filter_map(Life::leaving).cloned());
+        let configured = |workload: &&Workload| self.control.config.workloads.iter().any(|w| w.key == workload.key);
+        config.workloads.extend(self.pods.values().filter_map(Life::leaving).filter(|w| !configured(w)).cloned());
         let epoch = self.previous.epoch + 1;
         let mut snapshot = Snapshot::build(epoch, &config, &self.identities, &announced, Some(&self.previous));
         // A pod that leaves accepts both, whatever its policy: its peers learn of it at different moments.
@@ -202,17 +205,26 @@ impl Task {
         self.control.publisher.publish(Arc::clone(&self.previous));
     }
 
-    /// Orphans go and links are replaced once every pod that could be taken over has been.
-    async fn finish_takeover(&mut self, writer: &Writer) {
+    /// A map that is full leaves a destination out of the mesh: tried again until it fits, and the node is not ready.
+    fn sync_mesh(&mut self, writer: &Writer) {
+        let written = self.control.kernel.sync_mesh(writer, &self.previous);
+        if let Err(error) = &written {
+            tracing::error!(%error, "mesh destinations");
+        }
+        self.control.status.set_failure("mesh", written.err().map(|error| error.to_string()));
+    }
+
+    /// The programs are replaced once every pod that could be taken over has been.
+    fn finish_takeover(&mut self, writer: &Writer) {
         if self.took_over {
             return;
         }
-        self.took_over = true;
-        self.adopt_orphans(writer).await;
-        if let Err(error) = self.control.kernel.finish_takeover(writer) {
+        let finished = self.control.kernel.finish_takeover(writer);
+        self.took_over = finished.is_ok();
+        if let Err(error) = &finished {
             tracing::error!(%error, "takeover");
-            self.control.status.set_failure(error.to_string());
         }
+        self.control.status.set_failure("takeover", finished.err().map(|error| error.to_string()));
     }
 
     async fn tick(&mut self) {
@@ -225,10 +237,15 @@ impl Task {
         };
         if self.recounted.elapsed() >= RECOUNT {
             self.recounted = Instant::now();
-            self.recount(&writer);
+            self.recount(&writer).await;
+            self.reattach(&writer);
+            if self.control.status.has_failed("mesh") {
+                self.sync_mesh(&writer);
+            }
+            self.finish_takeover(&writer);
         }
         let left = self.progress_leaving(&writer).await;
-        let gone = self.release_gone(&writer).await;
+        let gone = self.drop_gone();
         let enrolled = self.enrol_waiting(&writer).await;
         drop(writer);
         let now = SystemTime::now();
@@ -243,6 +260,17 @@ impl Task {
         } else {
             self.show();
         }
+    }
+
+    /// A pods' cgroup that was made anew has no programs.
+    fn reattach(&mut self, writer: &Writer) {
+        let attached = self.control.kernel.reattach(writer);
+        match &attached {
+            Ok(false) => {}
+            Ok(true) => tracing::error!("the pods' cgroup was replaced: capture was off until now"),
+            Err(error) => tracing::error!(%error, "the capture is off"),
+        }
+        self.control.status.set_failure("programs", attached.err().map(|error| error.to_string()));
     }
 
     /// Another agent writes now; this one serves what is open.

@@ -11,6 +11,7 @@ pub mod route;
 pub mod sysctl;
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::ops::RangeInclusive;
@@ -69,8 +70,14 @@ pub enum KernelError {
     Listener { ports: RangeInclusive<u16>, source: io::Error },
     #[error("the pod has none of the addresses that the configuration gives it")]
     NoAddress,
+    #[error("it is the agent's own network namespace")]
+    OwnNetns,
     #[error("too many pods on this node")]
     TooManyPods,
+    #[error("capture.bpffs {} is the root of a file system that others use too: give it a directory of its own", path.display())]
+    SharedBpffs { path: PathBuf },
+    #[error("{sockets} captured sockets do not end: the pod stays guarded")]
+    StillCaptured { sockets: usize },
     #[error("another agent has taken over")]
     Superseded,
 }
@@ -85,7 +92,7 @@ pub struct Kernel {
     adopting: bool,
     /// Its link follows the agent's dials where the agent lives outside the pods' cgroup.
     _own_dials: Option<OwnedFd>,
-    _leaf: Leaf,
+    leaf: Leaf,
 }
 
 /// Held while maps, rules and objects are written: one agent at a time.
@@ -110,7 +117,7 @@ impl Kernel {
             links::attach_cgroup(&ebpf, &capture.cgroup, &dir)?;
         }
         drop(lock);
-        Ok(Self { capture, dir, ebpf, maps, generation, adopting, _own_dials: own_dials, _leaf: leaf })
+        Ok(Self { capture, dir, ebpf, maps, generation, adopting, _own_dials: own_dials, leaf })
     }
 
     /// The right to write, or [`KernelError::Superseded`].
@@ -141,6 +148,14 @@ impl Kernel {
     /// Writes the mesh's destinations.
     pub fn sync_mesh(&mut self, _writer: &Writer, snapshot: &Snapshot) -> Result<(), KernelError> {
         maps::converge(&mut self.maps.mesh, &mesh(snapshot), |_| true).map_err(map_error("MESH"))
+    }
+
+    /// Attaches the cgroup programs anew where the pods' cgroup was removed and made again; true where that was so.
+    pub fn reattach(&mut self, _writer: &Writer) -> Result<bool, KernelError> {
+        if self.adopting || links::are_attached(&self.capture.cgroup, &self.dir) {
+            return Ok(false);
+        }
+        links::attach_cgroup(&self.ebpf, &self.capture.cgroup, &self.dir).map(|()| true)
     }
 }
 
@@ -177,7 +192,14 @@ fn pin_dir(bpffs: &Path) -> Result<PathBuf, KernelError> {
     }
     let dir = layout_dir(bpffs);
     fs::create_dir_all(&dir).map_err(failed)?;
-    if is_bpffs(&dir) { Ok(dir) } else { Err(KernelError::NotBpffs { path: bpffs.into() }) }
+    if !is_bpffs(&dir) {
+        return Err(KernelError::NotBpffs { path: bpffs.into() });
+    }
+    // Uninstalling removes the directory whole.
+    if !bpffs.parent().is_some_and(is_bpffs) {
+        return Err(KernelError::SharedBpffs { path: bpffs.into() });
+    }
+    Ok(dir)
 }
 
 fn is_bpffs(path: &Path) -> bool {
@@ -202,11 +224,16 @@ fn retire_other_layouts(bpffs: &Path) -> Result<(), KernelError> {
     let failed = |source| KernelError::Bpffs { path: bpffs.into(), source };
     for entry in fs::read_dir(bpffs).map_err(failed)? {
         let entry = entry.map_err(failed)?;
-        if entry.file_name() != LAYOUT && entry.file_type().map_err(failed)?.is_dir() {
+        if is_layout(&entry.file_name()) && entry.file_name() != LAYOUT {
             fs::remove_dir_all(entry.path()).map_err(failed)?;
         }
     }
     Ok(())
+}
+
+/// `v` and a number.
+fn is_layout(name: &OsStr) -> bool {
+    name.to_str().and_then(|name| name.strip_prefix('v')).is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
 /// Pod addresses with all ports but the DISABLED ones; VIP ports with an enrolled endpoint; addresses claimed twice or without a

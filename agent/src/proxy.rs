@@ -53,7 +53,7 @@ pub struct PodListeners {
 /// A pod that is being served; dropped, it closes everything.
 pub struct Serving {
     trigger: drain::Trigger,
-    connections: Slots,
+    connections: [Slots; 2],
     metrics: Arc<Metrics>,
 }
 
@@ -63,7 +63,8 @@ pub fn serve_pod(ctx: Arc<Ctx>, pod: PodListeners) -> Serving {
     let metrics = ctx.metrics.clone();
     let PodListeners { net, inbound, outbound } = pod;
     let pod = Arc::new(Pod::new(ctx, net));
-    let serving = Serving { trigger, connections: pod.connections.clone(), metrics };
+    let connections = [pod.inbound.connections.clone(), pod.outbound.connections.clone()];
+    let serving = Serving { trigger, connections, metrics };
     serving.metrics.pods_enrolled.inc();
     tokio::spawn(accept::run(pod.clone(), inbound, Direction::Inbound, watcher.clone()));
     tokio::spawn(accept::run(pod, outbound, Direction::Outbound, watcher));
@@ -83,7 +84,7 @@ impl Serving {
 
     /// Connections that are open now, those being set up included.
     pub fn open(&self) -> usize {
-        self.connections.held()
+        self.connections.iter().map(Slots::held).sum()
     }
 
     /// Returns when both listeners are closed and every connection has ended; to be called with a bound.
@@ -102,11 +103,17 @@ impl Drop for Serving {
 struct Pod {
     ctx: Arc<Ctx>,
     net: PodNet,
-    connections: Slots,
     /// Apart, so that strangers who fill the first cannot keep the pod from calling others.
-    inbound_handshakes: Slots,
-    outbound_handshakes: Slots,
+    inbound: Places,
+    outbound: Places,
     dials: AtomicUsize,
+}
+
+/// What is limited, in one direction.
+#[derive(Clone, Default)]
+struct Places {
+    connections: Slots,
+    handshakes: Slots,
 }
 
 /// Two ends between which bytes may pass, and what that rests on.
@@ -142,13 +149,13 @@ async fn carry(established: Established, view: &mut View, record: &ConnRecord) -
 
 impl Pod {
     fn new(ctx: Arc<Ctx>, net: PodNet) -> Self {
-        Self {
-            ctx,
-            net,
-            connections: Slots::default(),
-            inbound_handshakes: Slots::default(),
-            outbound_handshakes: Slots::default(),
-            dials: AtomicUsize::new(0),
+        Self { ctx, net, inbound: Places::default(), outbound: Places::default(), dials: AtomicUsize::new(0) }
+    }
+
+    fn places(&self, direction: Direction) -> &Places {
+        match direction {
+            Direction::Inbound => &self.inbound,
+            Direction::Outbound => &self.outbound,
         }
     }
 

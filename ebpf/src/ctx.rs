@@ -145,11 +145,24 @@ pub fn option_u32(ctx: &SockoptContext) -> Option<u32> {
     Some(unsafe { core::ptr::read_volatile(value) })
 }
 
+/// The socket's protocol.
+#[inline(always)]
+pub fn option_protocol(ctx: &SockoptContext) -> u32 {
+    let sk: *mut bpf_sock = read!(ctx.sockopt, __bindgen_anon_1.sk);
+    if sk.is_null() { 0 } else { read!(sk, protocol) }
+}
+
+/// True where the program sees only the first page of the option.
+#[inline(always)]
+pub fn is_long_option(ctx: &SockoptContext) -> bool {
+    read!(ctx.sockopt, optlen) > 4096
+}
+
 /// Lets the kernel use the caller's own buffer. Without it an option longer than a page fails with EFAULT, since only a page
 /// is copied for the program to see.
 #[inline(always)]
 pub fn keep_long_option(ctx: &SockoptContext) {
-    if read!(ctx.sockopt, optlen) > 4096 {
+    if is_long_option(ctx) {
         write!(ctx.sockopt, 0, optlen);
     }
 }

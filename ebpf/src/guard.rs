@@ -14,6 +14,7 @@ const SO_BINDTODEVICE: i32 = 25;
 const SO_MARK: i32 = 36;
 const SO_BINDTOIFINDEX: i32 = 62;
 const IP_TRANSPARENT: i32 = 19;
+const IPPROTO_MPTCP: u32 = 262;
 const IPV6_TRANSPARENT: i32 = 75;
 /// The bits that mean something to Sealane; all others are the application's.
 const OURS: u32 = MARK | AGENT_MARK;
@@ -33,8 +34,11 @@ fn refusal(ctx: &SockoptContext) -> Option<Reason> {
     let (level, option, mark) = ctx::option(ctx);
     let reason = match (level, option) {
         (SOL_SOCKET, SO_MARK) => {
+            // A long option would be read again from the caller's memory after this look; and an MPTCP socket has no mark of
+            // its own here, while the kernel hands a new one on to the subflow that has.
+            let judged = !ctx::is_long_option(ctx) && ctx::option_protocol(ctx) != IPPROTO_MPTCP;
             let wanted = ctx::option_u32(ctx)?;
-            if wanted & OURS == mark & OURS {
+            if judged && wanted & OURS == mark & OURS {
                 return None;
             }
             Reason::MarkChange

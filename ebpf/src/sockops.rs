@@ -6,7 +6,7 @@ use aya_ebpf::programs::SockOpsContext;
 use sealane_common::keys::{DialTuple, MARK, PodPort};
 use sealane_common::reason::Reason;
 
-use crate::maps::{CLIENT, DECISION, DIAL_CLIENT, DIAL_TUPLE, LISTENING};
+use crate::maps::{CLIENT, DECISION, DIAL_CLIENT, DIAL_TUPLE, LISTENING, POD_RULES};
 use crate::{count, ctx};
 
 const TCP_CONNECT_CB: u32 = 3;
@@ -72,8 +72,12 @@ fn listening(ctx: &SockOpsContext, pod_id: u32) {
     let key = PodPort { pod_id, port: local.port, pad: 0 };
     // The insert races with another CPU's only for the first socket of a port; NOEXIST makes the loser count up.
     const NOEXIST: u64 = 1;
-    if LISTENING.insert(key, 1, NOEXIST).is_err() {
-        add(&key, 1);
+    if LISTENING.insert(key, 1, NOEXIST).is_err() && add(&key, 1).is_none() {
+        // The map is full: for this pod the set is not whole any more.
+        if let Some(rules) = POD_RULES.get_ptr_mut(pod_id) {
+            // SAFETY: the pointer was checked; one aligned word, and the agent writes it back when it can.
+            unsafe { (*rules).listening_known = 0 };
+        }
     }
     ctx::want_state_callbacks(ctx);
 }
@@ -86,18 +90,24 @@ fn closing(ctx: &SockOpsContext, pod_id: u32) {
     }
     if old == TCP_LISTEN {
         let (local, _) = ctx::ends(ctx);
-        add(&PodPort { pod_id, port: local.port, pad: 0 }, -1);
+        let key = PodPort { pod_id, port: local.port, pad: 0 };
+        // Removed so that a pod cannot fill the node's map by listening on one port after the other. A listen() on another CPU
+        // in this moment may go uncounted until the agent's next reconciliation.
+        if add(&key, -1).is_some_and(|left| left <= 0) {
+            let _ = LISTENING.remove(key);
+        }
     } else {
         let _ = DIAL_TUPLE.remove(dial_tuple(ctx, pod_id));
     }
 }
 
-/// Entries stay at zero: removing one would race with a listen() on another CPU.
+/// The count afterwards; `None` where there is no entry.
 #[inline(always)]
-fn add(key: &PodPort, delta: i64) {
-    if let Some(count) = LISTENING.get_ptr_mut(key) {
-        ctx::atomic_add(count, delta);
-    }
+fn add(key: &PodPort, delta: i64) -> Option<i64> {
+    let count = LISTENING.get_ptr_mut(key)?;
+    ctx::atomic_add(count, delta);
+    // SAFETY: the pointer was checked; an aligned word.
+    Some(unsafe { core::ptr::read_volatile(count) })
 }
 
 /// The key as the application's side will look it up, from the agent's socket.

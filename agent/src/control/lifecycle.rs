@@ -1,7 +1,9 @@
 //! A pod's way: waiting for its netns and its SVID, enrolled, leaving in the order that leaks nothing.
 
-use std::fs;
+use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::{fs, io};
 
 use sealane_common::reason::Reason;
 use tokio::net::TcpListener;
@@ -9,8 +11,9 @@ use tokio::time::Instant;
 
 use super::Task;
 use super::status::PodStatus;
+use crate::kernel::netns::NetNs;
 use crate::kernel::pod::{Pod, PodSockets, Uncovered};
-use crate::kernel::{KernelError, Writer};
+use crate::kernel::{Kernel, Writer};
 use crate::proxy::{PodListeners, Serving, serve_pod};
 use crate::snapshot::IdentityState;
 use crate::workload::{Mode, Workload, WorkloadKey};
@@ -113,11 +116,15 @@ impl Task {
         let Some(local) = self.previous.workloads.get(&workload.key).cloned() else {
             return Err("not in the snapshot".to_owned());
         };
-        if !workload.netns.exists() {
+        let Some(inode) = inode(&workload.netns) else {
             return Err(format!("no network namespace at {}", workload.netns.display()));
+        };
+        let taken = |(_, life): &(&WorkloadKey, &Life)| life.active().is_some_and(|a| a.pod.netns_inode() == inode);
+        if let Some((key, _)) = self.pods.iter().find(taken) {
+            return Err(format!("its network namespace is that of {key}"));
         }
         // A peer is told, and a pod captured, only when it can keep its word: an SVID, or STRICT, where waiting is right.
-        let strict = local.listener.default.mode == Mode::Strict;
+        let strict = modes(&local.listener).iter().any(|(_, mode)| *mode == Mode::Strict);
         let ready = matches!(local.identity, IdentityState::Ready(_));
         if !strict && !ready && !self.control.kernel.is_enrolled(&workload.netns) {
             return Err(Reason::IdentityPending.words().to_owned());
@@ -139,23 +146,35 @@ impl Task {
         Ok(serve_pod(self.control.ctx.clone(), listeners))
     }
 
-    /// Pods that the configuration no longer has, or has with another netns, begin to leave.
-    pub(super) fn leave_removed(&mut self, _writer: &Writer) {
+    /// Pods that the configuration no longer has begin to leave; those that it has again are taken back.
+    pub(super) fn leave_removed(&mut self, writer: &Writer) {
         let configured = &self.control.config.workloads;
         let grace = Instant::now() + self.control.config.timeouts.unenrol_grace;
         let mut gone = Vec::new();
         for (key, life) in &mut self.pods {
-            if configured.iter().any(|w| w.key == *key && life.active().is_none_or(|a| a.workload.netns == w.netns)) {
-                continue;
-            }
-            match std::mem::replace(life, Life::Waiting(String::new())) {
-                Life::Enrolled(active) => {
+            let same_netns = |netns: &Path| life.active().is_none_or(|a| inode(netns) == Some(a.pod.netns_inode()));
+            // A netns that is not there any more is another matter: see `drop_gone`.
+            let stays = configured.iter().any(|w| w.key == *key && (same_netns(&w.netns) || !w.netns.exists()));
+            *life = match std::mem::replace(life, Life::Waiting(String::new())) {
+                Life::Enrolled(active) if !stays => {
                     tracing::info!(workload = %key, "leaving");
-                    *life = Life::Leaving(active, Phase::Grace(grace));
+                    Life::Leaving(active, Phase::Grace(grace))
                 }
-                leaving @ Life::Leaving(..) => *life = leaving,
-                Life::Waiting(_) => gone.push(key.clone()),
-            }
+                Life::Leaving(active, phase) if stays && active.handle.is_some() => {
+                    match self.control.kernel.capture_on(writer, &active.pod) {
+                        Ok(()) => Life::Enrolled(active),
+                        Err(error) => {
+                            tracing::error!(workload = %key, %error, "taking a leaving pod back");
+                            Life::Leaving(active, phase)
+                        }
+                    }
+                }
+                Life::Waiting(_) if !stays => {
+                    gone.push(key.clone());
+                    continue;
+                }
+                life => life,
+            };
         }
         gone.iter().for_each(|key| drop(self.pods.remove(key)));
     }
@@ -195,30 +214,33 @@ impl Task {
             {
                 handle.close(Reason::Unenrolled);
             }
-            self.identities.remove(key);
+            if !self.control.config.workloads.iter().any(|workload| workload.key == *key) {
+                self.identities.remove(key);
+            }
             self.control.ctx.metrics.forget(key);
             tracing::info!(workload = %key, "left");
         }
         !left.is_empty()
     }
 
-    /// Lets go pods whose netns is no longer where it was: deleted, or replaced by a new pod's. True where there was one.
-    pub(super) async fn release_gone(&mut self, writer: &Writer) -> bool {
+    /// Drops pods whose netns is no longer where it was: deleted, or replaced by a new pod's. True where there was one.
+    ///
+    /// Nothing in the kernel is undone: processes may live on in a namespace without a name, and they stay captured, with
+    /// nobody to serve them, until it ends ([`Self::let_orphans_go`] then removes its entries).
+    pub(super) fn drop_gone(&mut self) -> bool {
         let gone = |life: &Life| {
-            life.active().is_some_and(|active| {
-                !fs::metadata(&active.workload.netns).is_ok_and(|meta| meta.ino() == active.pod.netns_inode())
+            life.active().is_some_and(|active| match fs::metadata(&active.workload.netns) {
+                Ok(meta) => meta.ino() != active.pod.netns_inode(),
+                Err(error) => error.kind() == io::ErrorKind::NotFound,
             })
         };
         let keys: Vec<WorkloadKey> =
             self.pods.iter().filter(|(_, life)| gone(life)).map(|(key, _)| key.clone()).collect();
         for key in &keys {
-            let Some(Life::Enrolled(active) | Life::Leaving(active, _)) = self.pods.remove(key) else { continue };
-            if let Some(handle) = &active.handle {
+            if let Some(Life::Enrolled(active) | Life::Leaving(active, _)) = self.pods.remove(key)
+                && let Some(handle) = &active.handle
+            {
                 handle.close(Reason::UnknownWorkload);
-            }
-            // The netns may live on unnamed, so it is left as it was found.
-            if let Err(error) = self.control.kernel.release(writer, &active.pod).await {
-                tracing::error!(workload = %key, %error, "removing a pod that is gone");
             }
             self.control.ctx.metrics.forget(key);
             tracing::info!(workload = %key, "the pod is gone");
@@ -226,15 +248,18 @@ impl Task {
         !keys.is_empty()
     }
 
-    /// Enrolments of an agent before that the configuration does not have are let go in the same order.
-    pub(super) async fn adopt_orphans(&mut self, writer: &Writer) {
+    /// Enrolments that an agent before made and the configuration does not have are let go in the usual order. A configured
+    /// pod that cannot be served at the moment is none of them: it stays captured.
+    pub(super) async fn let_orphans_go(&mut self, writer: &Writer) {
+        let configured: HashSet<u64> =
+            self.control.config.workloads.iter().filter_map(|workload| cookie(&workload.netns)).collect();
         for (id, record) in self.control.kernel.enrolled() {
-            if self.pods.values().filter_map(Life::active).any(|active| active.pod.id == id) {
+            let active = self.pods.values().filter_map(Life::active).any(|active| active.pod.id == id);
+            if active || configured.contains(&record.cookie) {
                 continue;
             }
             let key = WorkloadKey { namespace: "orphan".into(), name: id.to_string().into() };
-            let adopted = self.control.kernel.adopt(id, &record, &key).await;
-            match adopted {
+            match self.control.kernel.adopt(id, &record, &key).await {
                 Ok(Some((workload, pod))) => {
                     let (modes, uncovered) = Default::default();
                     let active = Active { workload, pod, handle: None, modes, contained: true, uncovered };
@@ -251,11 +276,15 @@ impl Task {
         }
     }
 
-    /// Writes modes that changed.
+    /// Takes over what the configuration changed of enrolled pods, and writes modes that changed.
     pub(super) fn follow_policy(&mut self, writer: &Writer) {
         for (key, life) in &mut self.pods {
             let Some(local) = self.previous.workloads.get(key) else { continue };
             let Life::Enrolled(active) = life else { continue };
+            if active.workload != local.workload {
+                active.workload = local.workload.clone();
+                active.pod.follow(&local.workload);
+            }
             let modes = modes(&local.listener);
             if modes == active.modes {
                 continue;
@@ -274,35 +303,31 @@ impl Task {
             Err(error) => return self.lost(error),
         };
         for (key, life) in &mut self.pods {
-            let Life::Enrolled(active) = life else { continue };
-            if active.pod.id != pod_id {
-                continue;
-            }
-            match self.control.kernel.refresh(&writer, &mut active.pod).await {
-                Ok(false) => {}
-                Ok(true) => {
-                    active.contained = false;
-                    tracing::warn!(workload = %key, "the pod's rule or routes were gone and have been restored");
-                }
-                Err(KernelError::Superseded) => {}
-                Err(error) => tracing::error!(workload = %key, %error, "following the pod's network"),
+            if let Life::Enrolled(active) | Life::Leaving(active, _) = life
+                && active.pod.id == pod_id
+            {
+                active.refresh(&mut self.control.kernel, &writer, key).await;
             }
         }
     }
 
-    /// Listening ports, and what the capture does not cover.
-    pub(super) fn recount(&mut self, _writer: &Writer) {
-        let pods_cgroups = self.control.kernel.pods_cgroups();
+    /// What netlink may have kept from us, the listening ports, and what the capture does not cover.
+    pub(super) async fn recount(&mut self, writer: &Writer) {
+        let kernel = &mut self.control.kernel;
+        let pods_cgroups = kernel.pods_cgroups();
+        let counted = kernel.listening();
         for (key, life) in &mut self.pods {
             let (Life::Enrolled(active) | Life::Leaving(active, _)) = life else { continue };
-            if let Err(error) = self.control.kernel.count_listeners(&active.pod) {
+            active.refresh(kernel, writer, key).await;
+            if let Err(error) = kernel.count_listeners(&active.pod, &counted) {
                 tracing::error!(workload = %key, %error, "listening ports");
             }
-            match self.control.kernel.uncovered(&active.pod, &pods_cgroups) {
+            match kernel.uncovered(&active.pod, &pods_cgroups) {
                 Ok(uncovered) => active.uncovered = uncovered,
                 Err(error) => tracing::error!(workload = %key, %error, "listing sockets"),
             }
         }
+        self.let_orphans_go(writer).await;
     }
 
     /// Ends every connection and waits until the last has.
@@ -313,6 +338,27 @@ impl Task {
             handle.drained().await;
         }
     }
+}
+
+impl Active {
+    async fn refresh(&mut self, kernel: &mut Kernel, writer: &Writer, key: &WorkloadKey) {
+        match kernel.refresh(writer, &mut self.pod).await {
+            Ok(false) => {}
+            Ok(true) => {
+                self.contained = false;
+                tracing::warn!(workload = %key, "the pod's rule or routes were gone and have been restored");
+            }
+            Err(error) => tracing::error!(workload = %key, %error, "following the pod's network"),
+        }
+    }
+}
+
+fn inode(netns: &Path) -> Option<u64> {
+    fs::metadata(netns).ok().map(|meta| meta.ino())
+}
+
+fn cookie(netns: &Path) -> Option<u64> {
+    NetNs::open(netns).ok().map(|netns| netns.cookie())
 }
 
 /// Default first, then the ports that differ; what the kernel needs to be told anew.

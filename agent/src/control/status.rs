@@ -1,5 +1,6 @@
 //! What the control task shows to the admin endpoint.
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
@@ -17,7 +18,7 @@ struct Shown {
     pods: Vec<PodStatus>,
     ready: bool,
     config_error: Option<String>,
-    failure: Option<String>,
+    failures: BTreeMap<&'static str, String>,
     superseded: bool,
 }
 
@@ -50,7 +51,7 @@ impl Status {
     pub fn not_ready(&self) -> Vec<String> {
         let shown = self.read();
         let mut reasons = Vec::new();
-        reasons.extend(shown.failure);
+        reasons.extend(shown.failures.into_iter().map(|(what, failure)| format!("{what}: {failure}")));
         if !shown.ready {
             reasons.push("the node's pods are being enrolled".to_owned());
         }
@@ -78,8 +79,16 @@ impl Status {
         self.write(|shown| shown.config_error = error);
     }
 
-    pub(super) fn set_failure(&self, failure: String) {
-        self.write(|shown| shown.failure = Some(failure));
+    /// What the node as a whole fails at; `None` where it works.
+    pub(super) fn set_failure(&self, what: &'static str, failure: Option<String>) {
+        self.write(|shown| match failure {
+            Some(failure) => drop(shown.failures.insert(what, failure)),
+            None => drop(shown.failures.remove(what)),
+        });
+    }
+
+    pub(super) fn has_failed(&self, what: &str) -> bool {
+        self.read().failures.contains_key(what)
     }
 
     /// Another agent writes now.

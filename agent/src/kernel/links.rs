@@ -48,6 +48,19 @@ pub fn attach_cgroup(ebpf: &Ebpf, cgroup: &Path, dir: &Path) -> Result<(), Kerne
     Ok(())
 }
 
+/// True where every cgroup program's link is there and leads to today's cgroup.
+pub fn are_attached(cgroup: &Path, dir: &Path) -> bool {
+    let Ok(id) = std::fs::metadata(cgroup).map(|meta| meta.ino()) else { return false };
+    let attached = |name| sys::open_pin(&link_path(dir, name)).and_then(|link| sys::link_target(link.as_fd()));
+    CGROUP_PROGRAMS.iter().all(|(name, _)| attached(name).is_ok_and(|target| target == id))
+}
+
+/// True where a pod's sk_lookup link still has a netns to serve.
+pub fn serves_a_netns(dir: &Path, pod_id: u32) -> bool {
+    let target = sys::open_pin(&lookup_path(dir, pod_id)).and_then(|link| sys::link_target(link.as_fd()));
+    target.is_ok_and(|inode| inode != 0)
+}
+
 /// Attaches sock_ops to the agent's own cgroup, which lies outside the pods': it has to follow the agent's dials. Ends with
 /// the returned link, as the dials do.
 pub fn attach_own_dials(ebpf: &Ebpf, cgroup: &Path) -> Result<std::os::fd::OwnedFd, KernelError> {

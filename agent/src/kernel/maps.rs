@@ -1,8 +1,10 @@
 //! The pinned maps, typed.
 
+use std::collections;
+use std::hash::Hash;
 use std::path::Path;
 
-use aya::maps::{Array, HashMap, MapData, PerCpuArray, SockHash};
+use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, SockHash};
 use sealane_common::keys::{
     ClientAddr, Generation, ListenerKey, MeshKey, PodAddr, PodEntry, PodPort, PodRecord, PodRules,
 };
@@ -81,39 +83,45 @@ fn pinned(dir: &Path, name: &'static str) -> Result<MapData, KernelError> {
     MapData::from_pin(dir.join(name)).map_err(|source| KernelError::Map { name, source })
 }
 
-/// Makes the map hold exactly `wanted` among the keys that `mine` admits: inserts and changes first, then removals.
-pub fn converge<K: aya::Pod + Eq + std::hash::Hash, V: aya::Pod + PartialEq>(
+/// Makes the map hold exactly `wanted` among the keys that `mine` admits: additions and changes first, so that nothing that
+/// stays is missing for a moment. Only where the map is full do removals come first.
+pub fn converge<K: aya::Pod + Eq + Hash, V: aya::Pod + PartialEq>(
     map: &mut HashMap<MapData, K, V>,
-    wanted: &std::collections::HashMap<K, V>,
+    wanted: &collections::HashMap<K, V>,
     mine: impl Fn(&K) -> bool,
-) -> Result<(), aya::maps::MapError> {
-    let mut stale = Vec::new();
-    let mut unchanged = std::collections::HashSet::new();
-    for entry in map.iter() {
-        let (key, value) = entry?;
-        match wanted.get(&key) {
-            Some(want) if *want == value => {
-                unchanged.insert(key);
-            }
-            Some(_) => {}
-            None if mine(&key) => stale.push(key),
-            None => {}
-        }
+) -> Result<(), MapError> {
+    if write(map, wanted).is_err() {
+        prune(map, wanted, &mine)?;
+        write(map, wanted)?;
     }
-    for (key, value) in wanted.iter().filter(|(key, _)| !unchanged.contains(*key)) {
-        map.insert(key, value, 0)?;
-    }
-    for key in stale {
-        remove(map, &key)?;
-    }
-    Ok(())
+    prune(map, wanted, mine)
+}
+
+/// Adds what is missing and changes what differs.
+pub fn write<K: aya::Pod + Eq + Hash, V: aya::Pod + PartialEq>(
+    map: &mut HashMap<MapData, K, V>,
+    wanted: &collections::HashMap<K, V>,
+) -> Result<(), MapError> {
+    let unchanged = |key: &K, value: &V| map.get(key, 0).is_ok_and(|held| held == *value);
+    let news: Vec<_> = wanted.iter().filter(|(key, value)| !unchanged(key, value)).collect();
+    news.into_iter().try_for_each(|(key, value)| map.insert(key, value, 0))
+}
+
+/// Removes the keys that `mine` admits and `wanted` has not.
+pub fn prune<K: aya::Pod + Eq + Hash, V: aya::Pod>(
+    map: &mut HashMap<MapData, K, V>,
+    wanted: &collections::HashMap<K, V>,
+    mine: impl Fn(&K) -> bool,
+) -> Result<(), MapError> {
+    let keys: Vec<K> = map.keys().collect::<Result<_, _>>()?;
+    keys.iter().filter(|key| mine(key) && !wanted.contains_key(key)).try_for_each(|key| remove(map, key))
 }
 
 /// Removes a key that may be gone already.
-pub fn remove<K: aya::Pod, V: aya::Pod>(map: &mut HashMap<MapData, K, V>, key: &K) -> Result<(), aya::maps::MapError> {
+pub fn remove<K: aya::Pod, V: aya::Pod>(map: &mut HashMap<MapData, K, V>, key: &K) -> Result<(), MapError> {
     match map.remove(key) {
-        Err(aya::maps::MapError::KeyNotFound) => Ok(()),
-        Err(aya::maps::MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         result => result,
     }
 }

@@ -42,6 +42,11 @@ impl NetNs {
         self.inode
     }
 
+    /// True for the agent's own.
+    pub fn is_home(&self) -> io::Result<bool> {
+        Ok(home()?.metadata()?.ino() == self.inode)
+    }
+
     /// Its file, to attach programs to.
     pub fn file(&self) -> &File {
         &self.file

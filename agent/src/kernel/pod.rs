@@ -14,6 +14,7 @@ use sealane_common::keys::{
     AGENT_MARK, CAPTURE, GUARD, INBOUND, ListenerKey, MARK, MODE_DISABLED, MODE_PERMISSIVE, MODE_STRICT, OUTBOUND,
     PodAddr, PodEntry, PodPort, PodRecord, PodRules,
 };
+use sealane_common::names::MAX_POD_PORTS;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::mpsc;
 
@@ -28,6 +29,10 @@ use crate::workload::{Mode, Workload, WorkloadKey};
 
 /// Deep enough for a burst while the agent is busy; the kernel clamps it to net.core.somaxconn.
 const BACKLOG: i32 = 4096;
+/// Listeners of one pod from before its enrolment; the map is the whole node's.
+const MAX_BEFORE: usize = 512;
+/// Rounds of destroying a pod's captured sockets until none is left.
+const MAX_ATTEMPTS: usize = 10;
 
 /// An enrolled pod, as the control task holds it.
 pub struct Pod {
@@ -52,6 +57,11 @@ pub struct Uncovered {
 }
 
 impl Pod {
+    /// Takes over a changed configuration.
+    pub fn follow(&mut self, workload: &Workload) {
+        self.workload = workload.clone();
+    }
+
     /// Inode of its netns.
     pub fn netns_inode(&self) -> u64 {
         self.netns.inode()
@@ -83,6 +93,9 @@ impl Kernel {
     ) -> Result<(Pod, PodSockets), KernelError> {
         let failed = |source| KernelError::Netns { path: workload.netns.clone(), source };
         let netns = Arc::new(NetNs::open(&workload.netns).map_err(failed)?);
+        if netns.is_home().map_err(failed)? {
+            return Err(KernelError::OwnNetns);
+        }
         let id = self.pod_id(&netns)?;
         let routes = Routes::open(&netns, changes.clone(), id)?;
         let network = routes.network().await?;
@@ -115,11 +128,15 @@ impl Kernel {
         self.write_own(pod)?;
         self.write_rules(pod, listener)?;
         let mut record = self.record(pod)?;
-        sysctl::apply(&pod.netns, &self.capture.ports, &mut record)?;
+        // Before anything is changed, and again with the old values, also of a change that failed half way.
         self.maps.records.insert(id, record, 0).map_err(map_error("POD_RECORDS"))?;
+        let applied = sysctl::apply(&pod.netns, &self.capture.ports, &mut record);
+        self.maps.records.insert(id, record, 0).map_err(map_error("POD_RECORDS"))?;
+        applied?;
         // Known to sock_ops from here on, so that no listen() is missed between the dump and the callbacks.
         self.maps.pods.insert(cookie, PodEntry { pod_id: id, flags }, 0).map_err(map_error("PODS"))?;
-        self.count_listeners(pod)?;
+        let counted = self.listening();
+        self.count_listeners(pod, &counted)?;
 
         let sockets = self.listen(pod)?;
         for (direction, socket) in [(INBOUND, &sockets.inbound), (OUTBOUND, &sockets.outbound)] {
@@ -148,12 +165,16 @@ impl Kernel {
         pod.routes.ensure(&pod.network, &pod.workload.ips).await
     }
 
-    /// Reconciles the set of listening ports with what the kernel lists.
-    pub fn count_listeners(&mut self, pod: &Pod) -> Result<(), KernelError> {
-        // Counted first, listed second: a listener that closes in between is missed by neither, one that opens is counted
-        // twice until the next time, which only keeps a refusal from happening.
-        let counted: HashMap<PodPort, i64> =
-            self.maps.listening.iter().flatten().filter(|(key, _)| key.pod_id == pod.id).collect();
+    /// What sock_ops has counted, of all pods. To be read before [`Self::count_listeners`]: a listener that closes in between is
+    /// then missed by neither, and one that opens is counted twice until the next time, which only keeps a refusal from
+    /// happening.
+    pub fn listening(&self) -> HashMap<PodPort, i64> {
+        self.maps.listening.iter().flatten().collect()
+    }
+
+    /// Reconciles the set of listening ports with what the kernel lists. Where it cannot be kept whole (a pod with too many, a
+    /// full map), its row is off for the pod.
+    pub fn count_listeners(&mut self, pod: &Pod, counted: &HashMap<PodPort, i64>) -> Result<(), KernelError> {
         let mut before: HashMap<PodPort, i64> = HashMap::new();
         for socket in diag::dump(&pod.netns, diag::LISTENING).map_err(|source| KernelError::Diag { source })? {
             *before.entry(PodPort { pod_id: pod.id, port: socket.local.port(), pad: 0 }).or_default() += 1;
@@ -162,8 +183,20 @@ impl Kernel {
             *count -= counted.get(key).copied().unwrap_or(0);
         }
         before.retain(|_, count| *count > 0);
+        let few = before.len() <= MAX_BEFORE && counted.len() < MAX_POD_PORTS as usize * 3 / 4;
+        if !few {
+            before.clear();
+        }
         let mine = |key: &PodPort| key.pod_id == pod.id;
-        maps::converge(&mut self.maps.listening_before, &before, mine).map_err(map_error("LISTENING_BEFORE"))
+        let written = maps::converge(&mut self.maps.listening_before, &before, mine);
+        let known = u32::from(few && written.is_ok());
+        match self.maps.rules.get(&pod.id, 0) {
+            Ok(rules) if rules.listening_known != known => {
+                let rules = PodRules { listening_known: known, ..rules };
+                self.maps.rules.insert(pod.id, rules, 0).map_err(map_error("POD_RULES"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Ids of the pods' cgroups, for [`Self::uncovered`].
@@ -177,13 +210,24 @@ impl Kernel {
         let own = |socket: &SocketAddr| socket.ip().is_loopback() || pod.network.addresses.contains(&socket.ip());
         let mut uncovered = Uncovered::default();
         for socket in diag::dump(&pod.netns, diag::LIVE).map_err(|source| KernelError::Diag { source })? {
-            if socket.mark & AGENT_MARK != 0 || (own(&socket.local) && own(&socket.remote)) {
+            let agents = socket.mark & AGENT_MARK != 0 || socket.cgroup.is_some_and(|id| self.is_agents_cgroup(id));
+            if agents || (own(&socket.local) && own(&socket.remote)) {
                 continue;
             }
             uncovered.plaintext_sockets += usize::from(socket.mark & MARK == 0);
             uncovered.foreign_sockets += usize::from(socket.cgroup.is_some_and(|id| !pods_cgroups.contains(&id)));
         }
         Ok(uncovered)
+    }
+
+    fn is_agents_cgroup(&self, id: u64) -> bool {
+        id == self.leaf.id() || self.maps.exempt.get(&id, 0).is_ok()
+    }
+
+    /// Takes a pod back that was about to leave.
+    pub fn capture_on(&mut self, _writer: &Writer, pod: &Pod) -> Result<(), KernelError> {
+        let entry = PodEntry { pod_id: pod.id, flags: CAPTURE | GUARD };
+        self.maps.pods.insert(pod.netns.cookie(), entry, 0).map_err(map_error("PODS"))
     }
 
     /// First step of un-enrolment: new connects go the kernel's way; the guard stays while marked sockets live.
@@ -201,9 +245,19 @@ impl Kernel {
 
     /// Last step of un-enrolment: destroys the captured sockets that are left, and only then lifts the guard and removes
     /// what loops them; the other order would let their next segments out in plaintext.
-    pub async fn release(&mut self, _writer: &Writer, pod: &Pod) -> Result<(), KernelError> {
-        let left = self.captured_sockets(pod)?;
-        diag::destroy(&pod.netns, &left).map_err(|source| KernelError::Diag { source })?;
+    pub async fn release(&mut self, writer: &Writer, pod: &Pod) -> Result<(), KernelError> {
+        self.capture_off(writer, pod)?;
+        // A connect that was marked just before may not have been listed yet.
+        for attempt in 0.. {
+            let left = self.captured_sockets(pod)?;
+            if left.is_empty() && attempt > 0 {
+                break;
+            }
+            if attempt == MAX_ATTEMPTS {
+                return Err(KernelError::StillCaptured { sockets: left.len() });
+            }
+            diag::destroy(&pod.netns, &left).map_err(|source| KernelError::Diag { source })?;
+        }
         maps::remove(&mut self.maps.pods, &pod.netns.cookie()).map_err(map_error("PODS"))?;
         remove_link(&links::lookup_path(&self.dir, pod.id))?;
         for direction in [INBOUND, OUTBOUND] {
@@ -258,8 +312,12 @@ impl Kernel {
         Ok(Some((workload.clone(), Pod { id, net, netns, routes, network, workload })))
     }
 
-    /// Drops the entry of an enrolment whose netns is gone.
+    /// Drops the entry of an enrolment whose netns is gone. One that only has no name any more stays captured: processes may
+    /// live on in it.
     pub fn forget_gone(&mut self, _writer: &Writer, id: u32, record: &PodRecord) -> Result<(), KernelError> {
+        if links::serves_a_netns(&self.dir, id) {
+            return Ok(());
+        }
         maps::remove(&mut self.maps.pods, &record.cookie).map_err(map_error("PODS"))?;
         self.forget(id)
     }
@@ -269,6 +327,11 @@ impl Kernel {
     fn pod_id(&self, netns: &NetNs) -> Result<u32, KernelError> {
         if let Ok(entry) = self.maps.pods.get(&netns.cookie(), 0) {
             return Ok(entry.pod_id);
+        }
+        // An un-enrolment that was cut short has left the record.
+        let held = self.maps.records.iter().flatten().find(|(_, record)| record.cookie == netns.cookie());
+        if let Some((id, _)) = held {
+            return Ok(id);
         }
         let used = self.maps.records.keys().flatten().max().unwrap_or(0);
         used.checked_add(1).ok_or(KernelError::TooManyPods)
@@ -305,15 +368,16 @@ impl Kernel {
     fn write_rules(&mut self, pod: &Pod, listener: &Listener) -> Result<(), KernelError> {
         let port = |port: &u16| PodPort { pod_id: pod.id, port: *port, pad: 0 };
         let modes = listener.ports.iter().map(|(p, rule)| (port(p), mode(rule.mode))).collect();
-        maps::converge(&mut self.maps.port_modes, &modes, |key| key.pod_id == pod.id)
-            .map_err(map_error("PORT_MODES"))?;
+        // A port that gains or loses its own mode must not meet the wrong default for a moment.
+        maps::write(&mut self.maps.port_modes, &modes).map_err(map_error("PORT_MODES"))?;
         let rules = PodRules {
             mode: mode(listener.default.mode),
             agent_port_first: *self.capture.ports.start(),
             agent_port_last: *self.capture.ports.end(),
-            listening_known: 1,
+            listening_known: self.maps.rules.get(&pod.id, 0).map_or(1, |rules| rules.listening_known),
         };
-        self.maps.rules.insert(pod.id, rules, 0).map_err(map_error("POD_RULES"))
+        self.maps.rules.insert(pod.id, rules, 0).map_err(map_error("POD_RULES"))?;
+        maps::prune(&mut self.maps.port_modes, &modes, |key| key.pod_id == pod.id).map_err(map_error("PORT_MODES"))
     }
 
     /// Under STRICT: connections that were accepted in plaintext before, also those still in the application's queue.

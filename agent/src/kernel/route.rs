@@ -17,12 +17,15 @@ use super::netns::NetNs;
 
 /// Unusual numbers, so that they collide with nobody's.
 const TABLE: u32 = 24_225;
-const PRIORITY: u32 = 1_514;
+/// Right behind the table of local addresses, so that no other rule comes first.
+const PRIORITY: u32 = 1;
 const LOOPBACK: u32 = 1;
 /// Set for both families: an unset IPv6 metric is 1024, and then the other links would win over `lo`.
 const LOOPBACK_METRIC: u32 = 100;
 /// Catches sockets bound to a device, whose lookup skips `lo`.
 const LINK_METRIC: u32 = 200;
+/// Ends the table: a marked connection that finds no loop goes nowhere, rather than on to the main table in plaintext.
+const LAST_METRIC: u32 = u32::MAX - 1;
 
 /// A netlink connection inside the pod.
 pub struct Routes {
@@ -43,6 +46,16 @@ pub struct Network {
     pub addresses: BTreeSet<IpAddr>,
     /// Every link, `lo` among them.
     pub links: BTreeSet<u32>,
+}
+
+impl Network {
+    /// The address that captured connections come from: a preferred one, else any that is not link-local.
+    fn source(&self, version: &IpVersion, preferred: &[IpAddr]) -> Option<IpAddr> {
+        let is_v4 = matches!(version, IpVersion::V4);
+        let link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+        let usable = |ip: &&IpAddr| ip.is_ipv4() == is_v4 && !link_local(ip) && self.addresses.contains(*ip);
+        preferred.iter().find(usable).or_else(|| self.addresses.iter().find(usable)).copied()
+    }
 }
 
 impl Routes {
@@ -100,28 +113,34 @@ impl Routes {
         Ok(network)
     }
 
-    /// Puts the rule and the routes where they are missing; true where something was. `sources` are the addresses that
-    /// captured connections shall come from: without `src` the kernel would use the destination itself.
-    pub async fn ensure(&self, network: &Network, sources: &[IpAddr]) -> Result<bool, KernelError> {
+    /// Puts the rules and the routes where they are missing; true where a rule, a loop or a dead end was. Both families get the rule and the dead
+    /// end; a family with an address gets the loop as well, or the call fails. `preferred` are the addresses that captured
+    /// connections shall come from: without `src` the kernel would use the destination itself.
+    pub async fn ensure(&self, network: &Network, preferred: &[IpAddr]) -> Result<bool, KernelError> {
         let mut repaired = false;
         for version in [IpVersion::V4, IpVersion::V6] {
-            let is_family = |ip: &&IpAddr| ip.is_ipv4() == matches!(version, IpVersion::V4);
-            let configured = |ip: &&IpAddr| network.addresses.contains(*ip);
-            let Some(source) = sources.iter().filter(is_family).find(configured) else { continue };
-            if self.our_rules(&version).await?.is_empty() {
-                self.add_rule(&version).await?;
-                repaired = true;
-            }
+            let source = network.source(&version, preferred);
             let present = self.our_routes(&version).await?;
-            for link in &network.links {
-                let wanted = route(*source, *link);
-                if !present.iter().any(|route| same_route(route, &wanted)) {
-                    match self.handle.route().add(wanted).replace().execute().await {
-                        Ok(()) => repaired = true,
-                        // A link that is down takes no route; RTM_NEWLINK tells when it comes up.
-                        Err(error) if is_errno(&error, &[libc::ENETDOWN, libc::ENODEV, libc::EINVAL]) => {}
-                        Err(source) => return Err(KernelError::Route { what: "route add", source }),
-                    }
+            let mut wanted = vec![dead_end(&version)];
+            wanted.extend(source.iter().flat_map(|source| network.links.iter().map(|link| route(*source, *link))));
+            // Routes first: a rule without them would lead to nowhere, which is safe, but needlessly so.
+            for (n, route) in wanted.into_iter().enumerate() {
+                if present.iter().any(|held| same_route(held, &route)) {
+                    continue;
+                }
+                let essential = route.attributes.contains(&RouteAttribute::Oif(LOOPBACK));
+                match self.handle.route().add(route).replace().execute().await {
+                    Ok(()) => repaired |= essential || n == 0,
+                    // A kernel or a pod without IPv6, and links that are down or without it, take no such route.
+                    Err(rtnetlink::Error::NetlinkError(_)) if !essential && (n > 0 || source.is_none()) => {}
+                    Err(source) => return Err(KernelError::Route { what: "route add", source }),
+                }
+            }
+            if self.our_rules(&version).await?.is_empty() {
+                match self.add_rule(&version).await {
+                    Ok(()) => repaired = true,
+                    Err(_) if source.is_none() => {}
+                    Err(error) => return Err(error),
                 }
             }
         }
@@ -184,6 +203,22 @@ impl Routes {
     }
 }
 
+/// `unreachable default metric M table T`.
+fn dead_end(version: &IpVersion) -> RouteMessage {
+    match version {
+        IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new()
+            .table_id(TABLE)
+            .kind(RouteType::Unreachable)
+            .priority(LAST_METRIC)
+            .build(),
+        IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new()
+            .table_id(TABLE)
+            .kind(RouteType::Unreachable)
+            .priority(LAST_METRIC)
+            .build(),
+    }
+}
+
 /// `local default dev LINK src SOURCE metric M table T`.
 fn route(source: IpAddr, link: u32) -> RouteMessage {
     let metric = if link == LOOPBACK { LOOPBACK_METRIC } else { LINK_METRIC };
@@ -208,8 +243,12 @@ fn route(source: IpAddr, link: u32) -> RouteMessage {
 
 fn same_route(a: &RouteMessage, b: &RouteMessage) -> bool {
     let key = |route: &RouteMessage| {
-        let wanted = |attribute: &&RouteAttribute| {
-            matches!(attribute, RouteAttribute::Oif(_) | RouteAttribute::PrefSource(_) | RouteAttribute::Priority(_))
+        // The kernel shows IPv6's dead end as a route over `lo`.
+        let loops = route.header.kind != RouteType::Unreachable;
+        let wanted = |attribute: &&RouteAttribute| match attribute {
+            RouteAttribute::Priority(_) | RouteAttribute::PrefSource(_) => true,
+            RouteAttribute::Oif(_) => loops,
+            _ => false,
         };
         let mut attributes: Vec<_> = route.attributes.iter().filter(wanted).map(|a| format!("{a:?}")).collect();
         attributes.sort();

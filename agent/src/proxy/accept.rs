@@ -97,7 +97,7 @@ fn admit(pod: &Arc<Pod>, stream: TcpStream, client: SocketAddr, direction: Direc
     let key = pod.net.key().clone();
     let record = ConnRecord::accepted(pod.ctx.metrics.clone(), direction, key, conn.client, conn.destination);
     let limit = pod.ctx.snapshots.borrow().limits.connections_per_pod;
-    let Some(slot) = pod.connections.take(limit as usize) else {
+    let Some(slot) = pod.places(direction).connections.take(limit as usize) else {
         record.finish(Err(Reason::ConnectionLimit.into()));
         return;
     };

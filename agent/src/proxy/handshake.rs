@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustls::pki_types::ServerName;
+use rustls::server::Acceptor;
 use sealane_common::reason::Reason;
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
-use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, TlsConnector, TlsStream};
 
 use super::Pod;
-use super::accept::Slots;
 use super::error::{self, Failure};
 use super::stream::{Peer, Replay};
 use crate::metrics::{ConnRecord, TlsFacts};
@@ -31,8 +31,17 @@ pub(super) async fn server(
     bounds: Bounds,
     record: &mut ConnRecord,
 ) -> Result<(Peer, VerifiedPeer), Failure> {
-    let accept = async move { TlsAcceptor::from(config).accept(stream).into_fallible().await.map(TlsStream::Server) };
-    run(pod, &pod.inbound_handshakes, accept, bounds, record).await
+    let accept = async {
+        let mut hello = LazyConfigAcceptor::new(Acceptor::default(), stream);
+        let start = match (&mut hello).await {
+            Ok(start) => start,
+            Err(error) => return Err(Broken { failure: error::handshake(error), stream: hello.take_io() }),
+        };
+        // Only now: peers that stay silent or dribble take no slot from those that have spoken.
+        let _slot = pod.inbound.handshakes.take(bounds.at_once).ok_or(Reason::HandshakeLimit)?;
+        Ok(TlsStream::Server(start.into_stream(config).into_fallible().await?))
+    };
+    run(pod, accept, bounds, record).await
 }
 
 /// The client's side, towards an endpoint that the application dialled. No name is sent: the peer's ID is what counts.
@@ -45,9 +54,11 @@ pub(super) async fn client(
     record: &mut ConnRecord,
 ) -> Result<(Peer, VerifiedPeer), Failure> {
     let name = ServerName::IpAddress(endpoint.into());
-    let connect =
-        async move { TlsConnector::from(config).connect(name, stream).into_fallible().await.map(TlsStream::Client) };
-    run(pod, &pod.outbound_handshakes, connect, bounds, record).await
+    let connect = async {
+        let _slot = pod.outbound.handshakes.take(bounds.at_once).ok_or(Reason::HandshakeLimit)?;
+        Ok(TlsStream::Client(TlsConnector::from(config).connect(name, stream).into_fallible().await?))
+    };
+    run(pod, connect, bounds, record).await
 }
 
 /// What a handshake may take.
@@ -63,20 +74,35 @@ impl Bounds {
     }
 }
 
+/// A handshake that failed, and the stream where the peer may be told why.
+struct Broken {
+    failure: Failure,
+    stream: Option<Replay>,
+}
+
+impl From<Reason> for Broken {
+    fn from(reason: Reason) -> Self {
+        Self { failure: reason.into(), stream: None }
+    }
+}
+
+impl From<(io::Error, Replay)> for Broken {
+    fn from((error, stream): (io::Error, Replay)) -> Self {
+        Self { failure: error::handshake(error), stream: Some(stream) }
+    }
+}
+
 async fn run(
     pod: &Pod,
-    slots: &Slots,
-    handshake: impl Future<Output = Result<TlsStream<Replay>, (io::Error, Replay)>>,
+    handshake: impl Future<Output = Result<TlsStream<Replay>, Broken>>,
     bounds: Bounds,
     record: &mut ConnRecord,
 ) -> Result<(Peer, VerifiedPeer), Failure> {
-    let _slot = slots.take(bounds.at_once).ok_or(Reason::HandshakeLimit)?;
     let began = Instant::now();
     let stream = match timeout(bounds.time, handshake).await.map_err(|_| Reason::HandshakeTimeout)? {
         Ok(stream) => stream,
-        Err((error, stream)) => {
-            let failure = error::handshake(error);
-            if speaks_tls(failure.reason) {
+        Err(Broken { failure, stream }) => {
+            if let Some(stream) = stream.filter(|_| speaks_tls(failure.reason)) {
                 let_alert_arrive(stream).await;
             }
             return Err(failure);

@@ -180,9 +180,15 @@ async fn a_silent_client_of_a_strict_port_runs_into_the_time_limit() {
 async fn handshakes_at_once_are_bounded() {
     let lab = Lab::new(Mode::Strict);
     let (_app, addr) = listen(POD).await;
-    let held: Vec<_> = (0..10).map(|_| lab.pod.inbound_handshakes.take(10).unwrap()).collect();
-    let (_client, running) = lab.inbound(addr).await;
+    let held: Vec<_> = (0..10).map(|_| lab.pod.inbound.handshakes.take(10).unwrap()).collect();
+    let (client, running) = lab.inbound(addr).await;
+    lab.handshake("spiffe://td/web", client).await.unwrap_err();
     assert_eq!(reason(running).await, Reason::HandshakeLimit);
+
+    // One that has not spoken is not counted, and takes no place.
+    let (mut silent, running) = lab.inbound(addr).await;
+    assert_eq!(reason(running).await, Reason::HandshakeTimeout);
+    assert!(is_reset(&mut silent).await);
     drop(held);
 }
 
@@ -569,7 +575,7 @@ async fn close_resets_what_is_open_with_its_reason() {
     crate::podnet::prepare(&socket2::SockRef::from(&stream)).unwrap();
     let record = ConnRecord::accepted(lab.pod.ctx.metrics.clone(), Direction::Inbound, key("pod"), from, addr);
     let conn = Accepted { stream, client: from, destination: addr };
-    let slot = lab.pod.connections.take(1).unwrap();
+    let slot = lab.pod.inbound.connections.take(1).unwrap();
     tokio::spawn(accept::attend(lab.pod.clone(), conn, Direction::Inbound, record, watcher, slot));
     let mut app = timeout(LONG, app.accept()).await.unwrap().unwrap().0;
     beat(&mut client, &mut app).await;
@@ -578,7 +584,7 @@ async fn close_resets_what_is_open_with_its_reason() {
     trigger.close(Reason::Unenrolled);
     assert!(is_reset(&mut client).await && is_reset(&mut app).await);
     timeout(LONG, trigger.drained()).await.unwrap();
-    assert_eq!(lab.pod.connections.held(), 0);
+    assert_eq!(lab.pod.inbound.connections.held(), 0);
     let closed = r#"connections_closed_total{direction="inbound",workload="shop/pod",reason="unenrolled"} 1"#;
     assert!(lab.pod.ctx.metrics.encode().unwrap().contains(closed));
 }
@@ -592,7 +598,7 @@ async fn a_connections_task_stays_small() {
         let addr = near.local_addr().unwrap();
         let record = ConnRecord::accepted(lab.pod.ctx.metrics.clone(), direction, key("pod"), addr, addr);
         let conn = Accepted { stream: near, client: addr, destination: addr };
-        let slot = lab.pod.connections.take(10).unwrap();
+        let slot = lab.pod.inbound.connections.take(10).unwrap();
         let (_trigger, watcher) = drain::channel();
         let task = accept::attend(lab.pod.clone(), conn, direction, record, watcher, slot);
         let bytes = std::mem::size_of_val(&task);
