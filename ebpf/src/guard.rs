@@ -30,16 +30,19 @@ pub fn try_setsockopt(ctx: &SockoptContext) -> Result<(), Reason> {
 
 #[inline(always)]
 fn refusal(ctx: &SockoptContext) -> Option<Reason> {
-    let (level, option, mark) = ctx::option(ctx);
+    let (level, option) = ctx::option(ctx);
+    // The connect hook marks the first subflow of an MPTCP connection, while the application holds another socket, whose mark
+    // the kernel copies to the subflows: whether that one is captured cannot be told, so it counts as captured.
+    let (mark, mptcp) = ctx::option_socket(ctx);
     let reason = match (level, option) {
         (SOL_SOCKET, SO_MARK) => {
             let wanted = ctx::option_u32(ctx)?;
-            if wanted & OURS == mark & OURS {
+            if wanted & OURS == mark & OURS && !mptcp {
                 return None;
             }
             Reason::MarkChange
         }
-        (SOL_SOCKET, SO_BINDTODEVICE | SO_BINDTOIFINDEX) if mark & MARK != 0 => Reason::OptionRefused,
+        (SOL_SOCKET, SO_BINDTODEVICE | SO_BINDTOIFINDEX) if mark & MARK != 0 || mptcp => Reason::OptionRefused,
         (SOL_IP, IP_TRANSPARENT) | (SOL_IPV6, IPV6_TRANSPARENT) => Reason::OptionRefused,
         _ => return None,
     };
