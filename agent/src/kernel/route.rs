@@ -1,6 +1,6 @@
 //! The pod's rule and routes that loop a marked connection over `lo`, by netlink.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures_util::{StreamExt, TryStreamExt};
@@ -21,12 +21,15 @@ const PRIORITY: u32 = 1_514;
 const LOOPBACK: u32 = 1;
 /// Set for both families: an unset IPv6 metric is 1024, and then the other links would win over `lo`.
 const LOOPBACK_METRIC: u32 = 100;
-/// Catches sockets bound to a device, whose lookup skips `lo`.
+/// Catches sockets bound to a device, whose lookup skips `lo`. The link's index is added: routes that differ in nothing but the
+/// link would replace each other.
 const LINK_METRIC: u32 = 200;
 
 /// A netlink connection inside the pod.
 pub struct Routes {
     handle: Handle,
+    /// What has stood, for IPv4 or not: the rule (no link), or the route over a link.
+    placed: HashSet<(bool, Option<u32>)>,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -59,8 +62,7 @@ impl Routes {
         ];
         let failed = |source| KernelError::Netlink { what: "connection", source };
         let open = || Ok((rtnetlink::new_connection()?, rtnetlink::new_multicast_connection(&groups)?));
-        let ((connection, handle, _), (watch, _, mut events)) =
-            netns.enter(open).map_err(failed)?.map_err(failed)?;
+        let ((connection, handle, _), (watch, _, mut events)) = netns.enter(open).map_err(failed)?.map_err(failed)?;
         let watch = tokio::spawn(async move {
             tokio::pin!(watch);
             loop {
@@ -74,7 +76,7 @@ impl Routes {
                 }
             }
         });
-        Ok(Self { handle, tasks: [tokio::spawn(connection), watch] })
+        Ok(Self { handle, placed: HashSet::new(), tasks: [tokio::spawn(connection), watch] })
     }
 
     /// Addresses and links as they are now.
@@ -101,29 +103,33 @@ impl Routes {
         Ok(network)
     }
 
-    /// Puts the rule and the routes where they are missing; true where something was. `sources` are the addresses that
+    /// Puts the rule and the routes where they are missing; true where one had stood before. `sources` are the addresses that
     /// captured connections shall come from: without `src` the kernel would use the destination itself.
-    pub async fn ensure(&self, network: &Network, sources: &[IpAddr]) -> Result<bool, KernelError> {
+    pub async fn ensure(&mut self, network: &Network, sources: &[IpAddr]) -> Result<bool, KernelError> {
         let mut repaired = false;
         for version in [IpVersion::V4, IpVersion::V6] {
-            let is_family = |ip: &&IpAddr| ip.is_ipv4() == matches!(version, IpVersion::V4);
+            let v4 = matches!(version, IpVersion::V4);
+            let is_family = |ip: &&IpAddr| ip.is_ipv4() == v4;
             let configured = |ip: &&IpAddr| network.addresses.contains(*ip);
             let Some(source) = sources.iter().filter(is_family).find(configured) else { continue };
             if self.our_rules(&version).await?.is_empty() {
                 self.add_rule(&version).await?;
-                repaired = true;
+                repaired |= self.placed.contains(&(v4, None));
             }
+            self.placed.insert((v4, None));
             let present = self.our_routes(&version).await?;
             for link in &network.links {
                 let wanted = route(*source, *link);
+                let place = (v4, Some(*link));
                 if !present.iter().any(|route| same_route(route, &wanted)) {
                     match self.handle.route().add(wanted).replace().execute().await {
-                        Ok(()) => repaired = true,
+                        Ok(()) => repaired |= self.placed.contains(&place),
                         // A link that is down takes no route; RTM_NEWLINK tells when it comes up.
-                        Err(error) if is_errno(&error, &[libc::ENETDOWN, libc::ENODEV, libc::EINVAL]) => {}
+                        Err(error) if is_errno(&error, &[libc::ENETDOWN, libc::ENODEV, libc::EINVAL]) => continue,
                         Err(source) => return Err(KernelError::Route { what: "route add", source }),
                     }
                 }
+                self.placed.insert(place);
             }
         }
         Ok(repaired)
@@ -145,7 +151,8 @@ impl Routes {
     async fn our_rules(&self, version: &IpVersion) -> Result<Vec<RuleMessage>, KernelError> {
         let rules = self.handle.rule().get(version.clone()).execute();
         let ours = |rule: &RuleMessage| {
-            rule.attributes.contains(&RuleAttribute::Table(TABLE)) && rule.attributes.contains(&RuleAttribute::FwMark(MARK))
+            rule.attributes.contains(&RuleAttribute::Table(TABLE))
+                && rule.attributes.contains(&RuleAttribute::FwMark(MARK))
         };
         let found = rules.try_filter(|rule| std::future::ready(ours(rule))).try_collect().await;
         found.map_err(|source| KernelError::Route { what: "rule dump", source })
@@ -186,7 +193,7 @@ impl Routes {
 
 /// `local default dev LINK src SOURCE metric M table T`.
 fn route(source: IpAddr, link: u32) -> RouteMessage {
-    let metric = if link == LOOPBACK { LOOPBACK_METRIC } else { LINK_METRIC };
+    let metric = if link == LOOPBACK { LOOPBACK_METRIC } else { LINK_METRIC.saturating_add(link) };
     match source {
         IpAddr::V4(source) => RouteMessageBuilder::<Ipv4Addr>::new()
             .table_id(TABLE)
