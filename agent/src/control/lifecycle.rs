@@ -200,7 +200,10 @@ impl Task {
             {
                 handle.close(Reason::Unenrolled);
             }
-            self.identities.remove(key);
+            // One that is to come back needs it: its source has said it already.
+            if !self.control.config.workloads.iter().any(|workload| workload.key == *key) {
+                self.identities.remove(key);
+            }
             self.control.ctx.metrics.forget(key);
             tracing::info!(workload = %key, "left");
         }
