@@ -217,7 +217,7 @@ impl Task {
 
     async fn tick(&mut self) {
         if *self.control.superseded.borrow() {
-            return;
+            return self.follow_uninstall();
         }
         let writer = match self.control.kernel.writer() {
             Ok(writer) => writer,
@@ -242,6 +242,13 @@ impl Task {
             self.apply().await;
         } else {
             self.show();
+        }
+    }
+
+    /// Where it was `sealane uninstall` that took over, nobody comes after: what it left of this agent's connections ends.
+    fn follow_uninstall(&self) {
+        if !self.control.kernel.is_installed() {
+            self.end(Reason::Unenrolled);
         }
     }
 

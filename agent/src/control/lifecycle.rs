@@ -307,11 +307,19 @@ impl Task {
 
     /// Ends every connection and waits until the last has.
     pub(super) async fn close(&mut self, reason: Reason) {
-        let handles = || self.pods.values().filter_map(Life::active).filter_map(|active| active.handle.as_ref());
-        handles().for_each(|handle| handle.close(reason));
-        for handle in handles() {
+        self.end(reason);
+        for handle in self.handles() {
             handle.drained().await;
         }
+    }
+
+    /// Ends every connection; the first reason counts.
+    pub(super) fn end(&self, reason: Reason) {
+        self.handles().for_each(|handle| handle.close(reason));
+    }
+
+    fn handles(&self) -> impl Iterator<Item = &Serving> {
+        self.pods.values().filter_map(Life::active).filter_map(|active| active.handle.as_ref())
     }
 }
 
