@@ -229,7 +229,7 @@ impl Task {
 
     async fn tick(&mut self) {
         if *self.control.superseded.borrow() {
-            return;
+            return self.follow_uninstall();
         }
         let writer = match self.control.kernel.writer() {
             Ok(writer) => writer,
@@ -271,6 +271,13 @@ impl Task {
             Err(error) => tracing::error!(%error, "the capture is off"),
         }
         self.control.status.set_failure("programs", attached.err().map(|error| error.to_string()));
+    }
+
+    /// Where it was `sealane uninstall` that took over, nobody comes after: what it left of this agent's connections ends.
+    fn follow_uninstall(&self) {
+        if !self.control.kernel.is_installed() {
+            self.end(Reason::Unenrolled);
+        }
     }
 
     /// Another agent writes now; this one serves what is open.

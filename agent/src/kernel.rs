@@ -120,8 +120,16 @@ impl Kernel {
         Ok(Self { capture, dir, ebpf, maps, generation, adopting, _own_dials: own_dials, leaf })
     }
 
-    /// The right to write, or [`KernelError::Superseded`].
+    /// False once an uninstall has removed every pin, this layout's and any other's.
+    pub fn is_installed(&self) -> bool {
+        fs::read_dir(&self.capture.bpffs).is_ok_and(|mut entries| entries.next().is_some())
+    }
+
+    /// The right to write, or [`KernelError::Superseded`], also where an uninstall has removed every pin.
     pub fn writer(&self) -> Result<Writer, KernelError> {
+        if !self.dir.exists() {
+            return Err(KernelError::Superseded);
+        }
         let writer = lock(&self.dir)?;
         match self.maps.generation.get(&0, 0) {
             Ok(Generation { number }) if number == self.generation => Ok(writer),

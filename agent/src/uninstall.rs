@@ -35,6 +35,8 @@ async fn release_all(config: &Config, mut kernel: Kernel) -> anyhow::Result<()> 
             None => kernel.forget_gone(&writer, id, &record)?,
         }
     }
+    // Nobody waits for the lock while connections drain: the agent's thread would carry nothing meanwhile.
+    drop(writer);
     let deadline = Instant::now() + config.timeouts.drain;
     for (workload, pod) in &pods {
         loop {
@@ -45,8 +47,8 @@ async fn release_all(config: &Config, mut kernel: Kernel) -> anyhow::Result<()> 
             }
             sleep(Duration::from_millis(100)).await;
         }
+        let writer = kernel.writer()?;
         kernel.release(&writer, pod).await.with_context(|| format!("pod at {}", workload.netns.display()))?;
     }
-    drop(writer);
     kernel::remove_pins(&config.capture.bpffs).context("removing pins")
 }

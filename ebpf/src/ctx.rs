@@ -20,6 +20,8 @@ use crate::maps::{EXEMPT, PODS};
 const SOL_SOCKET: i32 = 1;
 const SO_MARK: i32 = 36;
 const AF_INET: u32 = 2;
+const IPPROTO_MPTCP: u32 = 262;
+const TCP_CLOSE: u32 = 7;
 const BPF_SK_STORAGE_GET_F_CREATE: u64 = 1;
 
 /// An address and a port.
@@ -124,12 +126,20 @@ pub fn is_agent() -> bool {
 
 // --- bpf_sockopt ---
 
-/// level, optname and the socket's mark.
+/// level and optname.
 #[inline(always)]
-pub fn option(ctx: &SockoptContext) -> (i32, i32, u32) {
+pub fn option(ctx: &SockoptContext) -> (i32, i32) {
+    (read!(ctx.sockopt, level), read!(ctx.sockopt, optname))
+}
+
+/// The socket's mark, and whether it is an MPTCP one that is connected, or about to be.
+#[inline(always)]
+pub fn option_socket(ctx: &SockoptContext) -> (u32, bool) {
     let sk: *mut bpf_sock = read!(ctx.sockopt, __bindgen_anon_1.sk);
-    let mark = if sk.is_null() { 0 } else { read!(sk, mark) };
-    (read!(ctx.sockopt, level), read!(ctx.sockopt, optname), mark)
+    if sk.is_null() {
+        return (0, false);
+    }
+    (read!(sk, mark), read!(sk, protocol) == IPPROTO_MPTCP && read!(sk, state) != TCP_CLOSE)
 }
 
 /// The option's value where it is an int.
@@ -143,13 +153,6 @@ pub fn option_u32(ctx: &SockoptContext) -> Option<u32> {
     }
     // SAFETY: the bounds were checked against optval_end just above.
     Some(unsafe { core::ptr::read_volatile(value) })
-}
-
-/// The socket's protocol.
-#[inline(always)]
-pub fn option_protocol(ctx: &SockoptContext) -> u32 {
-    let sk: *mut bpf_sock = read!(ctx.sockopt, __bindgen_anon_1.sk);
-    if sk.is_null() { 0 } else { read!(sk, protocol) }
 }
 
 /// True where the program sees only the first page of the option.

@@ -14,7 +14,6 @@ const SO_BINDTODEVICE: i32 = 25;
 const SO_MARK: i32 = 36;
 const SO_BINDTOIFINDEX: i32 = 62;
 const IP_TRANSPARENT: i32 = 19;
-const IPPROTO_MPTCP: u32 = 262;
 const IPV6_TRANSPARENT: i32 = 75;
 /// The bits that mean something to Sealane; all others are the application's.
 const OURS: u32 = MARK | AGENT_MARK;
@@ -31,19 +30,21 @@ pub fn try_setsockopt(ctx: &SockoptContext) -> Result<(), Reason> {
 
 #[inline(always)]
 fn refusal(ctx: &SockoptContext) -> Option<Reason> {
-    let (level, option, mark) = ctx::option(ctx);
+    let (level, option) = ctx::option(ctx);
+    // The connect hook marks the first subflow of an MPTCP connection, while the application holds another socket, whose mark
+    // the kernel copies to the subflows: whether that one is captured cannot be told, so it counts as captured.
+    let (mark, mptcp) = ctx::option_socket(ctx);
     let reason = match (level, option) {
         (SOL_SOCKET, SO_MARK) => {
-            // A long option would be read again from the caller's memory after this look; and an MPTCP socket has no mark of
-            // its own here, while the kernel hands a new one on to the subflow that has.
-            let judged = !ctx::is_long_option(ctx) && ctx::option_protocol(ctx) != IPPROTO_MPTCP;
+            // A long option would be read again from the caller's memory after this look.
+            let judged = !mptcp && !ctx::is_long_option(ctx);
             let wanted = ctx::option_u32(ctx)?;
             if judged && wanted & OURS == mark & OURS {
                 return None;
             }
             Reason::MarkChange
         }
-        (SOL_SOCKET, SO_BINDTODEVICE | SO_BINDTOIFINDEX) if mark & MARK != 0 => Reason::OptionRefused,
+        (SOL_SOCKET, SO_BINDTODEVICE | SO_BINDTOIFINDEX) if mark & MARK != 0 || mptcp => Reason::OptionRefused,
         (SOL_IP, IP_TRANSPARENT) | (SOL_IPV6, IPV6_TRANSPARENT) => Reason::OptionRefused,
         _ => return None,
     };

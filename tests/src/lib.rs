@@ -19,4 +19,5 @@ pub mod pod;
 pub mod poll;
 pub mod report;
 pub mod testpod;
+pub mod trio;
 pub mod wire;

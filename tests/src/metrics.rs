@@ -27,6 +27,16 @@ impl Metrics {
         self.samples.iter().filter(|sample| sample.name == name && has(sample)).map(|sample| sample.value).sum()
     }
 
+    /// How often the kernel programs decided so.
+    pub fn kernel(&self, reason: &str) -> f64 {
+        self.sum("sealane_kernel_events_total", &[("reason", reason)])
+    }
+
+    /// Connections that were refused before they were carried.
+    pub fn refused(&self, direction: &str, reason: &str) -> f64 {
+        self.sum("sealane_connections_refused_total", &[("direction", direction), ("reason", reason)])
+    }
+
     /// Every sample whose name begins so and which is not 0, as `name{labels} value`.
     pub fn lines(&self, prefix: &str) -> Vec<String> {
         let shown = self.samples.iter().filter(|sample| sample.name.starts_with(prefix) && sample.value != 0.0);

@@ -83,6 +83,13 @@ impl Netns {
         Ok(())
     }
 
+    /// What `ip` with these arguments prints inside the namespace.
+    pub fn ip_show(&self, args: &str) -> Result<String> {
+        let out = self.command("ip").args(args.split(' ')).output()?;
+        ensure!(out.status.success(), "ip {args} in {}: {}", self.name, String::from_utf8_lossy(&out.stderr).trim());
+        Ok(String::from_utf8(out.stdout)?)
+    }
+
     /// A command that will run inside the namespace, in the caller's cgroup.
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");

@@ -24,6 +24,8 @@ fn every_kind_of_client_gets_its_echo() -> Result<()> {
         &["--kind", "uring"],
         &["--kind", "uring-sqpoll"],
         &["--kind", "reuse", "--first", &first],
+        &["--kind", "reuse", "--first", &first, "--first", &first],
+        &["--long-option"],
         &["--device", "eth0"],
         &["--device-after", "eth0"],
         &["--mark", "7"],
@@ -49,6 +51,8 @@ fn failures_have_their_names() -> Result<()> {
     let (web, api) = (lab.a.pod("web", 10)?, lab.b.pod("api", 11)?);
     let refused = web.connect(api.at(81), &[])?;
     assert_eq!((refused.error.as_deref(), refused.end), (Some("ECONNREFUSED"), End::Never));
+    let gateway = web.connect(api.at(81), &["--dontroute"])?;
+    assert_eq!(gateway.error.as_deref(), Some("ENETUNREACH"));
     let _hold = api.serve(8081, &["--mode", "hold"])?;
     let silent = web.connect(api.at(8081), &["--text", "x", "--limit", "300"])?;
     assert_eq!((silent.connected, silent.end), (true, End::Timeout));
@@ -74,6 +78,8 @@ fn load_pings_raw_and_datagrams() -> Result<()> {
     let none: Load = web.testpod(&["load", "--to", &api.at(81).to_string(), "--count", "3"])?;
     assert_eq!((none.ok, none.failures.get("connect ECONNREFUSED")), (0, Some(&3)));
     let pings: Pings = web.testpod(&["ping", "--to", &to, "--millis", "300"])?;
+    assert!(pings.connected && pings.rounds > 3 && pings.error.is_none(), "{pings:?}");
+    let pings: Pings = web.testpod(&["ping", "--to", &to, "--millis", "300", "--text", "some text"])?;
     assert!(pings.connected && pings.rounds > 3 && pings.error.is_none(), "{pings:?}");
     for (port, end) in [("8080", End::Enough), ("81", End::Reset)] {
         let to = format!("{}:{port}", api.v4);

@@ -214,6 +214,7 @@ impl Task {
             {
                 handle.close(Reason::Unenrolled);
             }
+            // One that is to come back needs it: its source has said it already.
             if !self.control.config.workloads.iter().any(|workload| workload.key == *key) {
                 self.identities.remove(key);
             }
@@ -332,11 +333,19 @@ impl Task {
 
     /// Ends every connection and waits until the last has.
     pub(super) async fn close(&mut self, reason: Reason) {
-        let handles = || self.pods.values().filter_map(Life::active).filter_map(|active| active.handle.as_ref());
-        handles().for_each(|handle| handle.close(reason));
-        for handle in handles() {
+        self.end(reason);
+        for handle in self.handles() {
             handle.drained().await;
         }
+    }
+
+    /// Ends every connection; the first reason counts.
+    pub(super) fn end(&self, reason: Reason) {
+        self.handles().for_each(|handle| handle.close(reason));
+    }
+
+    fn handles(&self) -> impl Iterator<Item = &Serving> {
+        self.pods.values().filter_map(Life::active).filter_map(|active| active.handle.as_ref())
     }
 }
 

@@ -26,7 +26,7 @@ const TIME_WAIT: u32 = 1 << 6;
 const LISTEN: u32 = 1 << 10;
 const NEW_SYN_RECV: u32 = 1 << 12;
 const ALL: u32 = 0x1fff;
-/// Every socket that can still carry data: not listening, not in TIME_WAIT, not a request that has no socket yet.
+/// Every socket that can still carry data: not listening, not in TIME_WAIT. Half-open requests come along as SYN_RECV.
 pub const LIVE: u32 = ALL & !(LISTEN | TIME_WAIT | NEW_SYN_RECV);
 /// Listening sockets.
 pub const LISTENING: u32 = LISTEN;

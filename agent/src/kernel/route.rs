@@ -1,6 +1,6 @@
 //! The pod's rule and routes that loop a marked connection over `lo`, by netlink.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures_util::{StreamExt, TryStreamExt};
@@ -20,9 +20,11 @@ const TABLE: u32 = 24_225;
 /// Right behind the table of local addresses, so that no other rule comes first.
 const PRIORITY: u32 = 1;
 const LOOPBACK: u32 = 1;
+const NO_LINK: u32 = 0;
 /// Set for both families: an unset IPv6 metric is 1024, and then the other links would win over `lo`.
 const LOOPBACK_METRIC: u32 = 100;
-/// Catches sockets bound to a device, whose lookup skips `lo`.
+/// Catches sockets bound to a device, whose lookup skips `lo`. The link's index is added: routes that differ in nothing but the
+/// link would replace each other.
 const LINK_METRIC: u32 = 200;
 /// Ends the table: a marked connection that finds no loop goes nowhere, rather than on to the main table in plaintext.
 const LAST_METRIC: u32 = u32::MAX - 1;
@@ -30,6 +32,8 @@ const LAST_METRIC: u32 = u32::MAX - 1;
 /// A netlink connection inside the pod.
 pub struct Routes {
     handle: Handle,
+    /// What has stood, for IPv4 or not.
+    placed: HashSet<(bool, Place)>,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -37,6 +41,13 @@ impl Drop for Routes {
     fn drop(&mut self) {
         self.tasks.iter().for_each(JoinHandle::abort);
     }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Place {
+    Rule,
+    /// Over a link, or [`NO_LINK`] for the dead end.
+    Route(u32),
 }
 
 /// What the pod's network looks like.
@@ -86,7 +97,7 @@ impl Routes {
                 }
             }
         });
-        Ok(Self { handle, tasks: [tokio::spawn(connection), watch] })
+        Ok(Self { handle, placed: HashSet::new(), tasks: [tokio::spawn(connection), watch] })
     }
 
     /// Addresses and links as they are now.
@@ -113,36 +124,45 @@ impl Routes {
         Ok(network)
     }
 
-    /// Puts the rules and the routes where they are missing; true where a rule, a loop or a dead end was. Both families get the rule and the dead
-    /// end; a family with an address gets the loop as well, or the call fails. `preferred` are the addresses that captured
-    /// connections shall come from: without `src` the kernel would use the destination itself.
-    pub async fn ensure(&self, network: &Network, preferred: &[IpAddr]) -> Result<bool, KernelError> {
+    /// Puts the rules and the routes where they are missing; true where one had stood before. Both families get the rule and
+    /// the dead end; a family with an address gets the loop as well, or the call fails. `preferred` are the addresses that
+    /// captured connections shall come from: without `src` the kernel would use the destination itself.
+    pub async fn ensure(&mut self, network: &Network, preferred: &[IpAddr]) -> Result<bool, KernelError> {
         let mut repaired = false;
         for version in [IpVersion::V4, IpVersion::V6] {
+            let v4 = matches!(version, IpVersion::V4);
             let source = network.source(&version, preferred);
             let present = self.our_routes(&version).await?;
-            let mut wanted = vec![dead_end(&version)];
-            wanted.extend(source.iter().flat_map(|source| network.links.iter().map(|link| route(*source, *link))));
-            // Routes first: a rule without them would lead to nowhere, which is safe, but needlessly so.
-            for (n, route) in wanted.into_iter().enumerate() {
-                if present.iter().any(|held| same_route(held, &route)) {
-                    continue;
-                }
-                let essential = route.attributes.contains(&RouteAttribute::Oif(LOOPBACK));
-                match self.handle.route().add(route).replace().execute().await {
-                    Ok(()) => repaired |= essential || n == 0,
-                    // A kernel or a pod without IPv6, and links that are down or without it, take no such route.
-                    Err(rtnetlink::Error::NetlinkError(_)) if !essential && (n > 0 || source.is_none()) => {}
-                    Err(source) => return Err(KernelError::Route { what: "route add", source }),
-                }
+            let mut routes = vec![(NO_LINK, dead_end(&version))];
+            if let Some(source) = &source {
+                routes.extend(network.links.iter().map(|link| (*link, route(*source, *link))));
             }
-            if self.our_rules(&version).await?.is_empty() {
+            // Routes first: a rule without them would lead to nowhere, which is safe, but needlessly so.
+            for (link, wanted) in routes {
+                let place = (v4, Place::Route(link));
+                if !present.iter().any(|route| same_route(route, &wanted)) {
+                    match self.handle.route().add(wanted).replace().execute().await {
+                        Ok(()) => repaired |= self.placed.contains(&place),
+                        // A pod without IPv6, and links that are down or without it, take no such route; netlink tells when
+                        // that changes.
+                        Err(rtnetlink::Error::NetlinkError(_))
+                            if link != LOOPBACK && (link != NO_LINK || source.is_none()) =>
+                        {
+                            continue;
+                        }
+                        Err(source) => return Err(KernelError::Route { what: "route add", source }),
+                    }
+                }
+                self.placed.insert(place);
+            }
+            if !self.our_rules(&version).await?.iter().any(is_whole) {
                 match self.add_rule(&version).await {
-                    Ok(()) => repaired = true,
-                    Err(_) if source.is_none() => {}
+                    Ok(()) => repaired |= self.placed.contains(&(v4, Place::Rule)),
+                    Err(_) if source.is_none() => continue,
                     Err(error) => return Err(error),
                 }
             }
+            self.placed.insert((v4, Place::Rule));
         }
         Ok(repaired)
     }
@@ -221,7 +241,7 @@ fn dead_end(version: &IpVersion) -> RouteMessage {
 
 /// `local default dev LINK src SOURCE metric M table T`.
 fn route(source: IpAddr, link: u32) -> RouteMessage {
-    let metric = if link == LOOPBACK { LOOPBACK_METRIC } else { LINK_METRIC };
+    let metric = if link == LOOPBACK { LOOPBACK_METRIC } else { LINK_METRIC.saturating_add(link) };
     match source {
         IpAddr::V4(source) => RouteMessageBuilder::<Ipv4Addr>::new()
             .table_id(TABLE)
@@ -239,6 +259,12 @@ fn route(source: IpAddr, link: u32) -> RouteMessage {
             .priority(metric)
             .build(),
     }
+}
+
+/// A rule of ours with another mask or priority would not do.
+fn is_whole(rule: &RuleMessage) -> bool {
+    let parts = [RuleAttribute::FwMask(MARK), RuleAttribute::Priority(PRIORITY)];
+    parts.iter().all(|part| rule.attributes.contains(part))
 }
 
 fn same_route(a: &RouteMessage, b: &RouteMessage) -> bool {

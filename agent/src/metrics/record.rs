@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
 use sealane_common::reason::Reason;
 
 use super::{Bytes, Carried, Direction, Ended, Metrics, Name, Opened, Outcome, Side, Where};
@@ -22,7 +23,8 @@ pub struct ConnRecord {
     client: SocketAddr,
     destination: SocketAddr,
     accepted: Instant,
-    carried: Option<Carried>,
+    /// With the gauge of open connections, which may be forgotten (the pod has left) before the connection ends.
+    carried: Option<(Carried, Gauge)>,
     finished: bool,
     /// Where it was dialled to: the peer for an outbound connection, the application for an inbound one.
     pub endpoint: Option<SocketAddr>,
@@ -114,9 +116,11 @@ impl ConnRecord {
 
     /// Both ends stand and bytes begin to pass.
     pub fn opened(&mut self, mode: Carried) {
-        self.carried = Some(mode);
         let workload = Name(self.workload.clone());
-        self.metrics.open.get_or_create(&self.whereabouts()).inc();
+        let open =
+            self.metrics.open.get_or_create_owned(&Where { direction: self.direction, workload: workload.clone() });
+        open.inc();
+        self.carried = Some((mode, open));
         self.metrics.opened.get_or_create(&Opened { direction: self.direction, workload, mode }).inc();
         if mode == Carried::Plaintext {
             let port = match self.direction {
@@ -137,8 +141,8 @@ impl ConnRecord {
         let failure = result.err();
         let reason = Outcome(failure.as_ref().map(|failure| failure.reason));
         let ended = Ended { direction: self.direction, workload: Name(self.workload.clone()), reason };
-        if self.carried.is_some() {
-            self.metrics.open.get_or_create(&self.whereabouts()).dec();
+        if let Some((_, open)) = &self.carried {
+            open.dec();
             self.metrics.closed.get_or_create(&ended).inc();
         } else {
             self.metrics.refused.get_or_create(&ended).inc();
@@ -152,7 +156,7 @@ impl ConnRecord {
             client = %self.client,
             destination = %self.destination,
             endpoint = self.endpoint.map(tracing::field::display),
-            mode = self.carried.map(Carried::label),
+            mode = self.carried.as_ref().map(|(mode, _)| mode.label()),
             local_id = self.local_id.as_ref().map(SpiffeId::as_str),
             peer_id = self.peer_id.as_ref().map(SpiffeId::as_str),
             tls = self.tls.map(|tls| tracing::field::debug(tls.version)),
@@ -166,10 +170,6 @@ impl ConnRecord {
             "{}",
             reason.0.map_or("both directions ended in order", Reason::words),
         );
-    }
-
-    fn whereabouts(&self) -> Where {
-        Where { direction: self.direction, workload: Name(self.workload.clone()) }
     }
 }
 

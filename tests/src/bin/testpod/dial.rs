@@ -17,9 +17,9 @@ pub struct Dial {
     /// Which kind of client.
     #[arg(long, value_enum, default_value = "plain")]
     kind: Kind,
-    /// `--kind reuse`: where the socket connects first.
+    /// `--kind reuse`: where the socket connects first, in this order.
     #[arg(long, required_if_eq("kind", "reuse"))]
-    first: Option<SocketAddr>,
+    first: Vec<SocketAddr>,
     /// bind(2) to it before connecting.
     #[arg(long)]
     bind: Option<SocketAddr>,
@@ -38,6 +38,12 @@ pub struct Dial {
     /// IP_TRANSPARENT before connecting.
     #[arg(long)]
     transparent: bool,
+    /// SO_DONTROUTE before connecting.
+    #[arg(long)]
+    dontroute: bool,
+    /// SO_KEEPALIVE before connecting, as an option value of two pages.
+    #[arg(long)]
+    long_option: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -58,7 +64,7 @@ enum Kind {
     Uring,
     /// io_uring with a submission thread of the kernel.
     UringSqpoll,
-    /// Connects to `--first`, disconnects (AF_UNSPEC), and connects again with the same socket.
+    /// Connects to each `--first`, disconnects (AF_UNSPEC), and connects again with the same socket.
     Reuse,
 }
 
@@ -82,6 +88,8 @@ pub fn dial(how: &Dial, to: SocketAddr, payload: &Payload, limit: Duration) -> i
     options.note(how.device.as_ref().map(|device| socket.bind_device(Some(device.as_bytes()))));
     options.note(how.mark.map(|mark| socket.set_mark(mark)));
     options.note(how.transparent.then(|| socket.set_ip_transparent_v4(true)));
+    options.note(how.dontroute.then(|| Ok(setsockopt(&socket, sockopt::DontRoute, &true)?)));
+    options.note(how.long_option.then(|| kernel::long_option(&socket)));
     if let Some(bind) = how.bind {
         socket.bind(&bind.into())?;
     }
@@ -111,8 +119,8 @@ fn connect(how: &Dial, socket: &Socket, to: SocketAddr, payload: &Payload, limit
         Kind::Uring => kernel::uring_connect(socket, to, false).map(|()| 0),
         Kind::UringSqpoll => kernel::uring_connect(socket, to, true).map(|()| 0),
         Kind::Reuse => {
-            if let Some(first) = how.first {
-                socket.connect(&first.into())?;
+            for first in &how.first {
+                socket.connect(&(*first).into())?;
                 kernel::disconnect(socket)?;
             }
             socket.connect(&to.into())?;

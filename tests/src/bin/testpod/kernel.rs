@@ -1,6 +1,9 @@
-//! What has no safe interface: disconnecting a socket, and connecting by io_uring.
+//! What has no safe interface: disconnecting a socket, options longer than their value, and connecting by io_uring.
 
-#![expect(unsafe_code, reason = "no crate at hand wraps connect(AF_UNSPEC), and io_uring's queue takes raw addresses")]
+#![expect(
+    unsafe_code,
+    reason = "no crate at hand wraps connect(AF_UNSPEC) or long options, and io_uring's queue takes raw addresses"
+)]
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,6 +19,21 @@ pub fn disconnect(socket: &Socket) -> io::Result<()> {
     // SAFETY: `nowhere` is a sockaddr of `size` bytes and outlives the call.
     let done = unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, size) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// SO_KEEPALIVE, its int at the head of more than a page: the kernel reads the int alone.
+pub fn long_option(socket: &Socket) -> io::Result<()> {
+    let mut value = [0_u8; 8192];
+    value[..4].copy_from_slice(&1_i32.to_ne_bytes());
+    let size = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: `value` has `size` bytes and outlives the call.
+    let done = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_KEEPALIVE, value.as_ptr().cast(), size)
+    };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if socket.keepalive()? { Ok(()) } else { Err(io::Error::other("the option has no effect")) }
 }
 
 /// IORING_OP_CONNECT; with `poll`, by the kernel's own submission thread (SQPOLL).

@@ -14,6 +14,9 @@ pub struct Args {
     /// Destination, an echo.
     #[arg(long)]
     to: SocketAddr,
+    /// What each round sends; else its number.
+    #[arg(long)]
+    text: Option<String>,
     /// Pause between two rounds, in milliseconds.
     #[arg(long, default_value_t = 20)]
     every: u64,
@@ -36,7 +39,8 @@ pub fn run(args: &Args) -> Pings {
     let deadline = Instant::now() + Duration::from_millis(args.millis);
     while pings.error.is_none() && Instant::now() < deadline {
         let begun = Instant::now();
-        match round(&stream, pings.rounds, limit) {
+        let number = pings.rounds.to_be_bytes();
+        match round(&stream, args.text.as_ref().map_or(&number, |text| text.as_bytes()), limit) {
             Ok(()) => pings.rounds += 1,
             Err(error) => pings.error = Some(name(&error)),
         }
@@ -46,10 +50,10 @@ pub fn run(args: &Args) -> Pings {
     pings
 }
 
-fn round(mut stream: &TcpStream, number: u64, limit: Duration) -> io::Result<()> {
-    let (sent, mut back) = (number.to_be_bytes(), [0; 8]);
+fn round(mut stream: &TcpStream, payload: &[u8], limit: Duration) -> io::Result<()> {
+    let mut back = vec![0; payload.len()];
     stream.set_read_timeout(Some(limit))?;
-    stream.write_all(&sent)?;
+    stream.write_all(payload)?;
     stream.read_exact(&mut back)?;
-    if sent == back { Ok(()) } else { Err(io::Error::other("wrong bytes")) }
+    if payload == back { Ok(()) } else { Err(io::Error::other("wrong bytes")) }
 }
