@@ -32,6 +32,9 @@ pub(super) async fn server(
     record: &mut ConnRecord,
 ) -> Result<(Peer, VerifiedPeer), Failure> {
     let accept = async {
+        if !stream.begins_as_tls().await {
+            return Err(Reason::NotTls.into());
+        }
         let mut hello = LazyConfigAcceptor::new(Acceptor::default(), stream);
         let start = match (&mut hello).await {
             Ok(start) => start,

@@ -32,6 +32,20 @@ impl Replay {
     }
 }
 
+impl Replay {
+    /// False where the first byte is no handshake record's: rustls would answer with an alert, which a plaintext application
+    /// takes for an answer.
+    pub(super) async fn begins_as_tls(&self) -> bool {
+        const HANDSHAKE: u8 = 22;
+        let mut first = [HANDSHAKE];
+        match self.taken.first() {
+            Some(first) => *first == HANDSHAKE,
+            // An end or an error is for the handshake to find.
+            None => self.tcp.peek(&mut first).await.is_err() || first == [HANDSHAKE],
+        }
+    }
+}
+
 impl From<TcpStream> for Replay {
     fn from(tcp: TcpStream) -> Self {
         Self::new(tcp, Bytes::new())
