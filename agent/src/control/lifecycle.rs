@@ -173,7 +173,7 @@ impl Task {
                     gone.push(key.clone());
                     continue;
                 }
-                life => life,
+                life @ (Life::Waiting(_) | Life::Enrolled(_) | Life::Leaving(..)) => life,
             };
         }
         gone.iter().for_each(|key| drop(self.pods.remove(key)));

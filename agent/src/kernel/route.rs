@@ -267,20 +267,14 @@ fn is_whole(rule: &RuleMessage) -> bool {
     parts.iter().all(|part| rule.attributes.contains(part))
 }
 
-fn same_route(a: &RouteMessage, b: &RouteMessage) -> bool {
-    let key = |route: &RouteMessage| {
-        // The kernel shows IPv6's dead end as a route over `lo`.
-        let loops = route.header.kind != RouteType::Unreachable;
-        let wanted = |attribute: &&RouteAttribute| match attribute {
-            RouteAttribute::Priority(_) | RouteAttribute::PrefSource(_) => true,
-            RouteAttribute::Oif(_) => loops,
-            _ => false,
-        };
-        let mut attributes: Vec<_> = route.attributes.iter().filter(wanted).map(|a| format!("{a:?}")).collect();
-        attributes.sort();
-        attributes
+/// The kernel adds attributes of its own; and it shows IPv6's dead end as a route over `lo`.
+fn same_route(held: &RouteMessage, wanted: &RouteMessage) -> bool {
+    let told = |attribute: &&RouteAttribute| {
+        matches!(attribute, RouteAttribute::Oif(_) | RouteAttribute::PrefSource(_) | RouteAttribute::Priority(_))
     };
-    key(a) == key(b) && a.header.kind == b.header.kind && a.header.address_family == b.header.address_family
+    held.header.kind == wanted.header.kind
+        && held.header.address_family == wanted.header.address_family
+        && wanted.attributes.iter().filter(told).all(|attribute| held.attributes.contains(attribute))
 }
 
 fn gone(result: Result<(), rtnetlink::Error>, what: &'static str) -> Result<(), KernelError> {
