@@ -24,9 +24,10 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts a subcommand of `testpod`, `command` being the program in its place.
+    /// Starts a subcommand of `testpod`, `command` being the program in its place. Its standard input ends at
+    /// [`Self::result`].
     pub fn start(mut command: Command, args: &[&str]) -> Result<Self> {
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped());
+        command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped());
         Ok(Self { child: Some(command.spawn().context("cannot run testpod")?), what: args.join(" ") })
     }
 

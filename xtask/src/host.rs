@@ -87,14 +87,16 @@ pub fn can_install() -> bool {
     is_root() && Path::new("/usr/bin/apt-get").exists()
 }
 
+/// apt-get, quiet and without questions.
+pub fn apt(args: &[&str]) -> Command {
+    let mut apt = Command::new("apt-get");
+    apt.env("DEBIAN_FRONTEND", "noninteractive").args(["-qq", "-o=Dpkg::Use-Pty=0"]).args(args);
+    apt
+}
+
 /// Installs Debian packages.
 pub fn install(packages: &[&str]) -> Result<()> {
     say(&format!("installing {}", packages.join(", ")));
-    let apt = |args: &[&str]| {
-        let mut apt = Command::new("apt-get");
-        apt.env("DEBIAN_FRONTEND", "noninteractive").args(["-qq", "-o=Dpkg::Use-Pty=0"]).args(args);
-        apt
-    };
     run(&mut apt(&["update"]))?;
     run(apt(&["install", "-y", "--no-install-recommends"]).args(packages))
 }

@@ -6,7 +6,9 @@ mod build;
 mod demo;
 mod ebpf;
 mod host;
+mod tally;
 mod test;
+mod vm;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -26,9 +28,18 @@ enum Command {
         #[arg(long)]
         release: bool,
     },
-    /// Run the unit tests, then the privileged tests (as root) that make nodes and pods
+    /// Run the unit tests, the privileged tests (as root) that make nodes and pods, and those on other kernels
     Test {
         /// Only tests whose name contains it
+        filter: Option<String>,
+    },
+    /// Run the tests of what hangs on the kernel on other kernels, in virtual machines (as root, on Debian)
+    Vm {
+        /// Series of Debian's cloud kernel, as in 6.1
+        #[arg(default_values = vm::SERIES)]
+        series: Vec<String>,
+        /// Only tests whose name contains it
+        #[arg(long)]
         filter: Option<String>,
     },
     /// Two nodes, their agents, a web server and curl: mutual TLS without either of them knowing (as root)
@@ -39,6 +50,7 @@ fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Build { release } => build::run(release),
         Command::Test { filter } => test::run(filter.as_deref()),
+        Command::Vm { series, filter } => vm::run(&series, filter.as_deref()),
         Command::Demo(args) => demo::run(&args),
     }
 }

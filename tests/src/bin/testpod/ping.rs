@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args as ClapArgs;
@@ -23,6 +24,9 @@ pub struct Args {
     /// How long in all, in milliseconds.
     #[arg(long, default_value_t = 3_000)]
     millis: u64,
+    /// Until standard input ends, instead of for so long.
+    #[arg(long, conflicts_with = "millis")]
+    until_stdin: bool,
     /// Time limit for connecting and for each echo, in milliseconds.
     #[arg(long, default_value_t = 5_000)]
     limit: u64,
@@ -36,8 +40,8 @@ pub fn run(args: &Args) -> Pings {
         Err(error) => return Pings { error: Some(name(&error)), ..pings },
     };
     pings.connected = true;
-    let deadline = Instant::now() + Duration::from_millis(args.millis);
-    while pings.error.is_none() && Instant::now() < deadline {
+    let is_over = over(args);
+    while pings.error.is_none() && !is_over() {
         let begun = Instant::now();
         let number = pings.rounds.to_be_bytes();
         match round(&stream, args.text.as_ref().map_or(&number, |text| text.as_bytes()), limit) {
@@ -45,9 +49,19 @@ pub fn run(args: &Args) -> Pings {
             Err(error) => pings.error = Some(name(&error)),
         }
         pings.slowest_ms = pings.slowest_ms.max(u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
-        std::thread::park_timeout(Duration::from_millis(args.every));
+        thread::park_timeout(Duration::from_millis(args.every));
     }
     pings
+}
+
+/// Tells when to stop.
+fn over(args: &Args) -> Box<dyn Fn() -> bool> {
+    if args.until_stdin {
+        let end = thread::spawn(|| io::copy(&mut io::stdin(), &mut io::sink()));
+        return Box::new(move || end.is_finished());
+    }
+    let deadline = Instant::now() + Duration::from_millis(args.millis);
+    Box::new(move || Instant::now() >= deadline)
 }
 
 fn round(mut stream: &TcpStream, payload: &[u8], limit: Duration) -> io::Result<()> {
