@@ -105,8 +105,7 @@ impl Kernel {
         let generation = maps.generation.get(&0, 0).map_err(map_error("GENERATION"))?.number + 1;
         maps.generation.set(0, Generation { number: generation }, 0).map_err(map_error("GENERATION"))?;
         exempt(&mut maps, &leaf, &capture.cgroup)?;
-        let own_dials =
-            if leaf.below_pods() { None } else { Some(links::attach_own_dials(&ebpf, leaf.path())?) };
+        let own_dials = if leaf.below_pods() { None } else { Some(links::attach_own_dials(&ebpf, leaf.path())?) };
         if !adopting {
             links::attach_cgroup(&ebpf, &capture.cgroup, &dir)?;
         }

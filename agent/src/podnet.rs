@@ -29,7 +29,10 @@ struct Inner {
 }
 
 enum Place {
-    Pod { netns: Arc<NetNs>, dial_clients: Mutex<HashMap<MapData, u64, ClientAddr>> },
+    Pod {
+        netns: Arc<NetNs>,
+        dial_clients: Mutex<HashMap<MapData, u64, ClientAddr>>,
+    },
     /// Where unit tests run.
     #[cfg(test)]
     Here,

@@ -194,7 +194,8 @@ impl Snapshot {
                 (key.clone(), Arc::new(LocalWorkload { workload: workload.clone(), identity, listener }))
             })
             .collect();
-        let Destinations { peers, conflicts, services } = destinations::destinations(config, &workloads, announced, previous);
+        let Destinations { peers, conflicts, services } =
+            destinations::destinations(config, &workloads, announced, previous);
         Self {
             epoch,
             trust_domain: config.trust_domain.clone(),

@@ -42,7 +42,8 @@ fn getsockopt_u64(socket: BorrowedFd<'_>, option: i32) -> io::Result<u64> {
     let mut value = 0u64;
     let mut len = size_of::<u64>() as libc::socklen_t;
     // SAFETY: the descriptor is borrowed for the call; the kernel writes at most `len` bytes, the size of `value`.
-    let ret = unsafe { libc::getsockopt(socket.as_raw_fd(), SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len) };
+    let ret =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), SOL_SOCKET, option, (&raw mut value).cast(), &raw mut len) };
     if ret == 0 { Ok(value) } else { Err(io::Error::last_os_error()) }
 }
 

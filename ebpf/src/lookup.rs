@@ -3,9 +3,7 @@
 
 use aya_ebpf::programs::SkLookupContext;
 use sealane_common::addr::Addr;
-use sealane_common::keys::{
-    INBOUND, ListenerKey, MODE_DISABLED, MODE_STRICT, OUTBOUND, PodAddr, PodPort, PodRules,
-};
+use sealane_common::keys::{INBOUND, ListenerKey, MODE_DISABLED, MODE_STRICT, OUTBOUND, PodAddr, PodPort, PodRules};
 use sealane_common::reason::Reason;
 
 use crate::ctx::{self, Lookup};
@@ -110,6 +108,7 @@ fn port_mode(pod_id: u32, port: u16) -> Option<u32> {
 fn is_listening(pod_id: u32, port: u16) -> bool {
     let key = PodPort { pod_id, port, pad: 0 };
     // SAFETY: copied out at once; an aligned i64.
-    let counted = |map: &aya_ebpf::maps::HashMap<PodPort, i64>| unsafe { map.get(key) }.is_some_and(|count| *count != 0);
+    let counted =
+        |map: &aya_ebpf::maps::HashMap<PodPort, i64>| unsafe { map.get(key) }.is_some_and(|count| *count != 0);
     counted(&LISTENING) || counted(&LISTENING_BEFORE)
 }

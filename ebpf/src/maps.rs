@@ -1,9 +1,9 @@
 //! Every map: who writes it, who reads it, why it has its size. All are pinned and outlive the agent.
 
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, SockHash};
-use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use sealane_common::keys::{
     ClientAddr, DialTuple, Generation, ListenerKey, MeshKey, PodAddr, PodEntry, PodPort, PodRecord, PodRules,
 };

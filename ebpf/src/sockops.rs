@@ -57,13 +57,8 @@ fn connecting(ctx: &SockOpsContext, pod_id: u32) {
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext, pod_id: u32) {
     let (local, remote) = ctx::ends(ctx);
-    let tuple = DialTuple {
-        pod_id,
-        local: local.addr,
-        remote: remote.addr,
-        local_port: local.port,
-        remote_port: remote.port,
-    };
+    let tuple =
+        DialTuple { pod_id, local: local.addr, remote: remote.addr, local_port: local.port, remote_port: remote.port };
     // SAFETY: copied out at once; the 4-tuple is in use, so nobody else writes this entry.
     let Some(client) = unsafe { DIAL_TUPLE.get(tuple) }.copied() else { return };
     if let Some(shown) = ctx::ops_storage(ctx, &CLIENT, true) {

@@ -7,8 +7,8 @@ use sealane_common::reason::Reason;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 
-use super::status::PodStatus;
 use super::Task;
+use super::status::PodStatus;
 use crate::kernel::pod::{Pod, PodSockets};
 use crate::kernel::{KernelError, Writer};
 use crate::proxy::{PodListeners, Serving, serve_pod};

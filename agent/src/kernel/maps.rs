@@ -74,9 +74,7 @@ pub fn events(dir: &Path) -> Result<Vec<(Reason, u64)>, KernelError> {
     let counts: PerCpuArray<_, u64> =
         PerCpuArray::try_from(aya::maps::Map::PerCpuArray(pinned(dir, maps::EVENTS)?)).map_err(failed)?;
     let kernel = Reason::ALL.iter().take(Reason::KERNEL as usize);
-    kernel
-        .map(|reason| Ok((*reason, counts.get(&(*reason as u32), 0).map_err(failed)?.iter().sum())))
-        .collect()
+    kernel.map(|reason| Ok((*reason, counts.get(&(*reason as u32), 0).map_err(failed)?.iter().sum()))).collect()
 }
 
 fn pinned(dir: &Path, name: &'static str) -> Result<MapData, KernelError> {
@@ -112,10 +110,7 @@ pub fn converge<K: aya::Pod + Eq + std::hash::Hash, V: aya::Pod + PartialEq>(
 }
 
 /// Removes a key that may be gone already.
-pub fn remove<K: aya::Pod, V: aya::Pod>(
-    map: &mut HashMap<MapData, K, V>,
-    key: &K,
-) -> Result<(), aya::maps::MapError> {
+pub fn remove<K: aya::Pod, V: aya::Pod>(map: &mut HashMap<MapData, K, V>, key: &K) -> Result<(), aya::maps::MapError> {
     match map.remove(key) {
         Err(aya::maps::MapError::KeyNotFound) => Ok(()),
         Err(aya::maps::MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),

@@ -11,8 +11,8 @@ use std::sync::Arc;
 use std::{fs, net};
 
 use sealane_common::keys::{
-    AGENT_MARK, CAPTURE, GUARD, INBOUND, ListenerKey, MARK, MODE_DISABLED, MODE_PERMISSIVE, MODE_STRICT, OUTBOUND, PodAddr, PodEntry,
-    PodPort, PodRecord, PodRules,
+    AGENT_MARK, CAPTURE, GUARD, INBOUND, ListenerKey, MARK, MODE_DISABLED, MODE_PERMISSIVE, MODE_STRICT, OUTBOUND,
+    PodAddr, PodEntry, PodPort, PodRecord, PodRules,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::mpsc;
@@ -281,7 +281,8 @@ impl Kernel {
     fn write_rules(&mut self, pod: &Pod, listener: &Listener) -> Result<(), KernelError> {
         let port = |port: &u16| PodPort { pod_id: pod.id, port: *port, pad: 0 };
         let modes = listener.ports.iter().map(|(p, rule)| (port(p), mode(rule.mode))).collect();
-        maps::converge(&mut self.maps.port_modes, &modes, |key| key.pod_id == pod.id).map_err(map_error("PORT_MODES"))?;
+        maps::converge(&mut self.maps.port_modes, &modes, |key| key.pod_id == pod.id)
+            .map_err(map_error("PORT_MODES"))?;
         let rules = PodRules {
             mode: mode(listener.default.mode),
             agent_port_first: *self.capture.ports.start(),
@@ -303,7 +304,8 @@ impl Kernel {
         let own = |socket: &SocketAddr| socket.ip().is_loopback() || pod.network.addresses.contains(&socket.ip());
         let mut victims = diag::dump(&pod.netns, diag::LIVE).map_err(failed)?;
         victims.retain(|socket| {
-            let accepted = listening.contains(&socket.local.port()) && !self.capture.ports.contains(&socket.local.port());
+            let accepted =
+                listening.contains(&socket.local.port()) && !self.capture.ports.contains(&socket.local.port());
             socket.mark & (MARK | AGENT_MARK) == 0
                 && accepted
                 && own(&socket.local)

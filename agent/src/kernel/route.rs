@@ -59,8 +59,7 @@ impl Routes {
         ];
         let failed = |source| KernelError::Netlink { what: "connection", source };
         let open = || Ok((rtnetlink::new_connection()?, rtnetlink::new_multicast_connection(&groups)?));
-        let ((connection, handle, _), (watch, _, mut events)) =
-            netns.enter(open).map_err(failed)?.map_err(failed)?;
+        let ((connection, handle, _), (watch, _, mut events)) = netns.enter(open).map_err(failed)?.map_err(failed)?;
         let watch = tokio::spawn(async move {
             tokio::pin!(watch);
             loop {
@@ -145,7 +144,8 @@ impl Routes {
     async fn our_rules(&self, version: &IpVersion) -> Result<Vec<RuleMessage>, KernelError> {
         let rules = self.handle.rule().get(version.clone()).execute();
         let ours = |rule: &RuleMessage| {
-            rule.attributes.contains(&RuleAttribute::Table(TABLE)) && rule.attributes.contains(&RuleAttribute::FwMark(MARK))
+            rule.attributes.contains(&RuleAttribute::Table(TABLE))
+                && rule.attributes.contains(&RuleAttribute::FwMark(MARK))
         };
         let found = rules.try_filter(|rule| std::future::ready(ours(rule))).try_collect().await;
         found.map_err(|source| KernelError::Route { what: "rule dump", source })
