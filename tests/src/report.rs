@@ -159,6 +159,9 @@ pub struct TlsOutcome {
     pub error: Option<String>,
 }
 
+/// What `loadgen` exchanges, each way.
+pub const ECHO: [u8; 64] = [b'E'; 64];
+
 /// The result of `loadgen`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use sealane_tests::agent::Agent;
 use sealane_tests::config::{Mesh, spiffe_id};
 use sealane_tests::lab::WIRE;
-use sealane_tests::report::Sample;
+use sealane_tests::report::{ECHO, Sample};
 use sealane_tests::wire::Capture;
 use sealane_tests::wire::tls::{self, TLS13, X25519_MLKEM768};
 use serde_json::json;
@@ -83,12 +83,15 @@ impl Subject {
         let capture = Capture::start(&self.site.lab.a.netns, WIRE)?;
         self.site.load("crr", self.to, 1, 0.0)?;
         let trace = capture.stop()?;
-        let answer = trace.from_port(self.port).next().context("nothing passed the wire")?;
-        let hello = tls::read(answer).filter(|tls| tls.whole).and_then(|tls| tls.hello);
+        let plaintext = trace.flows.iter().any(|flow| flow.data.windows(ECHO.len()).any(|window| window == ECHO));
         if self.proxies.is_empty() {
-            ensure!(hello.is_none(), "{}: TLS, although nobody is there to speak it", self.name);
+            ensure!(plaintext, "{}: the echo did not pass the wire as it is", self.name);
             return Ok("plaintext".to_owned());
         }
+        ensure!(!plaintext, "{} lets plaintext pass between the nodes", self.name);
+        // An earlier connection may still be ending: its flow has no hello.
+        let answers = trace.from_port(self.port).filter_map(tls::read).filter(|tls| tls.whole);
+        let hello = answers.filter_map(|tls| tls.hello).next();
         let hello = hello.with_context(|| format!("{} does not speak TLS between the nodes", self.name))?;
         ensure!(hello.version == TLS13, "{}: not TLS 1.3 but {:#06x}", self.name, hello.version);
         let group = match hello.group {

@@ -6,12 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use hdrhistogram::Histogram;
-use sealane_tests::report::Sample;
+use sealane_tests::report::{ECHO, Sample};
 
-use crate::{ECHO, Load, connect, join};
+use crate::{Load, connect, join};
 
-/// Bytes each way.
-const SIZE: usize = 64;
 /// Times are kept to one part in a hundred, in nanoseconds, up to a minute.
 const DIGITS: u8 = 2;
 const LONGEST: u64 = 60_000_000_000;
@@ -55,14 +53,14 @@ fn run<T: Send>(load: &Load, over: Vec<T>, work: impl Fn(&mut T) -> Result<()> +
         times.add(part)?;
     }
     let micros = |quantile| times.value_at_quantile(quantile) as f64 / 1000.0;
-    let bytes = 2 * SIZE as u64 * times.len();
+    let bytes = 2 * ECHO.len() as u64 * times.len();
     Ok(Sample { ops: times.len(), bytes, seconds, p50_us: micros(0.5), p99_us: micros(0.99) })
 }
 
 fn exchange(stream: &mut TcpStream) -> Result<()> {
-    let (sent, mut back) = ([ECHO; SIZE], [0; SIZE]);
-    stream.write_all(&sent)?;
+    let mut back = [0; ECHO.len()];
+    stream.write_all(&ECHO)?;
     stream.read_exact(&mut back)?;
-    ensure!(back == sent, "another echo");
+    ensure!(back == ECHO, "another echo");
     Ok(())
 }

@@ -18,10 +18,8 @@ use clap::{Args, Parser, Subcommand};
 const CHUNK: usize = 128 * 1024;
 /// A connection that stands still for so long is broken.
 const LIMIT: Duration = Duration::from_secs(10);
-/// A connection's first byte: everything is for the sink.
+/// A connection's first byte where everything is for the sink; else it comes back.
 const SINK: u8 = b'S';
-/// A connection's first byte: everything comes back.
-const ECHO: u8 = b'E';
 
 #[derive(Parser)]
 struct Cli {
