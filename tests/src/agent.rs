@@ -62,7 +62,10 @@ impl Agent {
     pub fn spawn_in(node: &Arc<Node>, config: &Config, cgroup: &Path) -> Result<Self> {
         write(node, &config.yaml()?)?;
         let number = STARTED.fetch_add(1, Ordering::Relaxed);
-        let log_file = node.dir().join(format!("{}-agent-{number}.log", node.name));
+        // Not beside the configuration: the agent watches that directory, and would wake for every line.
+        let logs = node.dir().join("logs");
+        fs::create_dir_all(&logs)?;
+        let log_file = logs.join(format!("{}-agent-{number}.log", node.name));
         let log = File::create(&log_file)?;
         let mut agent = sealane(node, cgroup, "agent")?;
         agent.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);

@@ -1,4 +1,4 @@
-//! What `testpod` prints: one JSON object a line.
+//! What `testpod` and `loadgen` print: one JSON object a line.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -158,4 +158,22 @@ pub struct TlsOutcome {
     pub text: String,
     /// The first error in words; that of an alert names it, as in `AccessDenied`.
     pub error: Option<String>,
+}
+
+/// What `loadgen` exchanges, each way.
+pub const ECHO: [u8; 64] = [b'E'; 64];
+
+/// The result of `loadgen`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Exchanges, connections or streams.
+    pub ops: u64,
+    /// Bytes that arrived.
+    pub bytes: u64,
+    /// How long it took.
+    pub seconds: f64,
+    /// Half of the exchanges or connections took at most so long, in microseconds; 0 in bulk.
+    pub p50_us: f64,
+    /// 99 of 100 took at most so long.
+    pub p99_us: f64,
 }

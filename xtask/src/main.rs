@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod build;
 mod demo;
 mod ebpf;
@@ -44,6 +45,8 @@ enum Command {
     },
     /// Two nodes, their agents, a web server and curl: mutual TLS without either of them knowing (as root)
     Demo(demo::Args),
+    /// Raw TCP, Envoy sidecars and Sealane under the same load, in turns: throughput, latency, new connections (as root)
+    Bench(bench::Args),
 }
 
 fn main() -> Result<()> {
@@ -52,5 +55,6 @@ fn main() -> Result<()> {
         Command::Test { filter } => test::run(filter.as_deref()),
         Command::Vm { series, filter } => vm::run(&series, filter.as_deref()),
         Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
     }
 }
