@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args as ClapArgs;
@@ -23,6 +24,9 @@ pub struct Args {
     /// How long in all, in milliseconds.
     #[arg(long, default_value_t = 3_000)]
     millis: u64,
+    /// Stop when this file exists.
+    #[arg(long)]
+    until: Option<PathBuf>,
     /// Time limit for connecting and for each echo, in milliseconds.
     #[arg(long, default_value_t = 5_000)]
     limit: u64,
@@ -37,7 +41,8 @@ pub fn run(args: &Args) -> Pings {
     };
     pings.connected = true;
     let deadline = Instant::now() + Duration::from_millis(args.millis);
-    while pings.error.is_none() && Instant::now() < deadline {
+    let told = || args.until.as_ref().is_some_and(|file| file.exists());
+    while pings.error.is_none() && !told() && Instant::now() < deadline {
         let begun = Instant::now();
         let number = pings.rounds.to_be_bytes();
         match round(&stream, args.text.as_ref().map_or(&number, |text| text.as_bytes()), limit) {
