@@ -14,7 +14,6 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use futures_util::FutureExt;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -34,6 +33,9 @@ const CONNECTIONS: usize = 32;
 const CONNECTION_TIME: Duration = Duration::from_secs(60);
 /// How long a request's header may take.
 const HEADER_TIME: Duration = Duration::from_secs(5);
+/// After [`Admin::stop`], how long a request may take to arrive on a connection that is open already: a shutdown of hyper's
+/// closes one that has not sent anything yet.
+const LAST_REQUEST_TIME: Duration = Duration::from_secs(1);
 /// After a failed accept call.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -146,12 +148,13 @@ async fn serve(listener: std::net::TcpListener, router: Router, mut stopped: wat
             }
         }
     }
-    // A successor is bound by now; what is already in this listener's queue is still ours to answer.
-    let mut last = Vec::new();
-    while let Some(Ok((stream, _))) = listener.accept().now_or_never() {
-        last.push(answer(stream, router.clone(), stopped.clone()));
-    }
-    drop(listener);
+    // A successor is bound by now; what is already in this listener's queue is still ours to answer. Not by tokio's accept,
+    // which asks the kernel only after it has been told of a connection.
+    let queued = listener.into_std().into_iter().flat_map(|listener| {
+        std::iter::from_fn(move || listener.accept().ok())
+            .filter_map(|(stream, _)| stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream)).ok())
+    });
+    let last: Vec<_> = queued.map(|stream| answer(stream, router.clone(), stopped.clone())).collect();
     futures_util::future::join_all(last).await;
     let _ = permits.acquire_many(CONNECTIONS as u32).await;
 }
@@ -175,8 +178,10 @@ async fn answer(stream: TcpStream, router: Router, mut stopped: watch::Receiver<
             _ = connection.as_mut() => return,
             _ = stopped.wait_for(|stopped| *stopped) => {}
         }
-        connection.as_mut().graceful_shutdown();
-        let _ = connection.await;
+        if timeout(LAST_REQUEST_TIME, connection.as_mut()).await.is_err() {
+            connection.as_mut().graceful_shutdown();
+            let _ = connection.await;
+        }
     };
     // What goes wrong on one of these connections is its client's business.
     let _ = timeout(CONNECTION_TIME, end).await;

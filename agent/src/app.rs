@@ -76,10 +76,11 @@ async fn serve(config: Config, config_path: &Path, leaf: Leaf) -> anyhow::Result
 
     let handover = tokio::spawn(async move {
         taken_over.wait_for(|taken| *taken).await.ok();
+        let since = Instant::now();
         status.set_superseded();
         // Blocks for as long as an open page takes; the data path has other threads.
-        tokio::task::spawn_blocking(|| admin.stop()).await.ok();
-        Instant::now()
+        drop(tokio::task::spawn_blocking(|| admin.stop()));
+        since
     });
     tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
     let bound = Instant::now() + drain;

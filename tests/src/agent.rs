@@ -138,6 +138,13 @@ impl Agent {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
+    /// What it holds in memory (VmRSS), in KiB.
+    pub fn rss_kib(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
+    }
+
     /// GET from the admin listener, from within the node.
     pub fn get(&self, path: &str) -> Result<Response> {
         self.node.netns.run(|| http::get(self.admin, path))

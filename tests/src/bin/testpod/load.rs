@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -28,6 +29,12 @@ pub struct Args {
     /// Stop after so many milliseconds.
     #[arg(long, default_value_t = 60_000)]
     millis: u64,
+    /// Stop when this file exists.
+    #[arg(long)]
+    until: Option<PathBuf>,
+    /// Send these bytes, each time.
+    #[arg(long, conflicts_with = "bytes")]
+    text: Option<String>,
     /// Bytes each way.
     #[arg(long, default_value_t = 100)]
     bytes: u64,
@@ -49,7 +56,8 @@ pub fn run(args: &Args) -> Load {
         let mut load = Load::default();
         loop {
             let number = started.fetch_add(1, Ordering::Relaxed);
-            if number >= count || Instant::now() >= deadline {
+            let told = args.until.as_ref().is_some_and(|file| file.exists());
+            if number >= count || told || Instant::now() >= deadline {
                 return load;
             }
             let begun = Instant::now();
@@ -77,7 +85,10 @@ pub fn run(args: &Args) -> Load {
 
 fn exchange(args: &Args, seed: u64, barrier: Option<&Barrier>) -> Result<(), String> {
     let limit = Duration::from_millis(args.limit);
-    let payload = Payload::Seeded { bytes: args.bytes, seed };
+    let payload = match &args.text {
+        Some(text) => Payload::Text(text.clone().into_bytes()),
+        None => Payload::Seeded { bytes: args.bytes, seed },
+    };
     let dialled = dial::dial(&args.dial, args.to, &payload, limit);
     if let Some(barrier) = barrier {
         barrier.wait();

@@ -6,6 +6,7 @@
 mod connect;
 mod dial;
 mod exchange;
+mod idle;
 mod kernel;
 mod load;
 mod ping;
@@ -34,6 +35,8 @@ enum Command {
     Connect(connect::Args),
     /// Many connections: concurrent, one after the other, or in closed loops.
     Load(load::Args),
+    /// Connections that stay open and are idle.
+    Idle(idle::Args),
     /// One connection that stays open, and a small echo again and again.
     Ping(ping::Args),
     /// One raw TCP segment, a SYN with the payload in it, and what comes back.
@@ -53,6 +56,7 @@ fn main() -> Result<()> {
         Command::Serve(args) => serve::run(&args),
         Command::Connect(args) => tell(&connect::run(&args)),
         Command::Load(args) => tell(&load::run(&args)),
+        Command::Idle(args) => idle::run(&args),
         Command::Ping(args) => tell(&ping::run(&args)),
         Command::Raw(args) => tell(&raw::run(&args)),
         Command::UdpServe(args) => udp::serve(&args),

@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,9 @@ pub struct Args {
     /// Until standard input ends, instead of for so long.
     #[arg(long, conflicts_with = "millis")]
     until_stdin: bool,
+    /// Stop when this file exists.
+    #[arg(long)]
+    until: Option<PathBuf>,
     /// Time limit for connecting and for each echo, in milliseconds.
     #[arg(long, default_value_t = 5_000)]
     limit: u64,
@@ -61,7 +65,8 @@ fn over(args: &Args) -> Box<dyn Fn() -> bool> {
         return Box::new(move || end.is_finished());
     }
     let deadline = Instant::now() + Duration::from_millis(args.millis);
-    Box::new(move || Instant::now() >= deadline)
+    let told = args.until.clone();
+    Box::new(move || Instant::now() >= deadline || told.as_ref().is_some_and(|file| file.exists()))
 }
 
 fn round(mut stream: &TcpStream, payload: &[u8], limit: Duration) -> io::Result<()> {
