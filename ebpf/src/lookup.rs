@@ -1,5 +1,5 @@
 //! sk_lookup, one instance per pod netns: who gets a SYN? The rows and their order are a security boundary; each has a
-//! test in tests/hooks.rs.
+//! test in tests/tests/hooks.
 
 use aya_ebpf::programs::SkLookupContext;
 use sealane_common::addr::Addr;
