@@ -183,8 +183,7 @@ impl Task {
     }
 
     fn publish(&mut self) {
-        let announced: HashSet<WorkloadKey> =
-            self.pods.iter().filter(|(_, life)| life.is_announced()).map(|(key, _)| key.clone()).collect();
+        let announced = self.announced();
         let mut config = self.control.config.clone();
         let configured = |workload: &&Workload| self.control.config.workloads.iter().any(|w| w.key == workload.key);
         config.workloads.extend(self.pods.values().filter_map(Life::leaving).filter(|w| !configured(w)).cloned());

@@ -109,13 +109,14 @@ impl Kernel {
         let adopting = links::link_path(&dir, sealane_common::names::programs::CONNECT4).exists();
         let ebpf = links::load(&dir)?;
         let mut maps = Maps::open(&dir)?;
-        let generation = maps.generation.get(&0, 0).map_err(map_error("GENERATION"))?.number + 1;
-        maps.generation.set(0, Generation { number: generation }, 0).map_err(map_error("GENERATION"))?;
         exempt(&mut maps, &leaf, &capture.cgroup)?;
         let own_dials = if leaf.below_pods() { None } else { Some(links::attach_own_dials(&ebpf, leaf.path())?) };
         if !adopting {
             links::attach_cgroup(&ebpf, &capture.cgroup, &dir)?;
         }
+        // Last: an agent that cannot start must not silence the one that runs.
+        let generation = maps.generation.get(&0, 0).map_err(map_error("GENERATION"))?.number + 1;
+        maps.generation.set(0, Generation { number: generation }, 0).map_err(map_error("GENERATION"))?;
         drop(lock);
         Ok(Self { capture, dir, ebpf, maps, generation, adopting, _own_dials: own_dials, leaf })
     }

@@ -210,10 +210,13 @@ fn five_replacements_under_load_refuse_and_reset_nothing() -> Result<()> {
 }
 
 /// The ports are enough for two generations. A third must leave the pods to the second, captured, and take them when the first
-/// has ended.
+/// has ended. Nor may it forget that the pods of its node are in the mesh.
 #[test]
 fn a_third_generation_waits_for_ports_and_lets_no_pod_go() -> Result<()> {
-    let scene = Scene::new("third")?;
+    let mut scene = Scene::new("third")?;
+    let db = scene.lab.a.pod("db", 12)?;
+    scene.mesh.enrol(&db);
+    let _db = db.serve(8080, &["--quiet"])?;
     let (mut first, _b) = scene.mesh.start()?;
     let _echo = scene.api.serve(8080, &["--quiet"])?;
     let config = scene.config_a();
@@ -223,6 +226,7 @@ fn a_third_generation_waits_for_ports_and_lets_no_pod_go() -> Result<()> {
     let captures = scene.captures()?;
     for _ in 0..20 {
         assert!(scene.calls()?.echoed());
+        assert!(scene.web.connect(db.at(8080), &["--text", MARKER, "--half-close"])?.echoed());
     }
     for trace in stop(captures)? {
         nothing_of(&trace, &scene.web)?;

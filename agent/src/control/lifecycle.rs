@@ -48,10 +48,6 @@ pub(super) enum Phase {
 }
 
 impl Life {
-    pub(super) fn is_announced(&self) -> bool {
-        matches!(self, Self::Enrolled(_))
-    }
-
     pub(super) fn leaving(&self) -> Option<&Workload> {
         match self {
             Self::Leaving(active, _) => Some(&active.workload),
@@ -87,6 +83,17 @@ impl Life {
 }
 
 impl Task {
+    /// Configured pods that are captured: by this agent, or by one before it and not taken over yet. Without the latter a
+    /// takeover would begin by calling them in plaintext.
+    pub(super) fn announced(&self) -> HashSet<WorkloadKey> {
+        let captured = |workload: &&Workload| match self.pods.get(&workload.key) {
+            Some(Life::Enrolled(_)) => true,
+            Some(Life::Leaving(..)) => false,
+            Some(Life::Waiting(_)) | None => self.control.kernel.is_captured(&workload.netns),
+        };
+        self.control.config.workloads.iter().filter(captured).map(|workload| workload.key.clone()).collect()
+    }
+
     /// Enrols what can be; true where something was.
     pub(super) async fn enrol_waiting(&mut self, writer: &Writer) -> bool {
         let mut enrolled = false;
@@ -123,10 +130,13 @@ impl Task {
         if let Some((key, _)) = self.pods.iter().find(taken) {
             return Err(format!("its network namespace is that of {key}"));
         }
-        // A peer is told, and a pod captured, only when it can keep its word: an SVID, or STRICT, where waiting is right.
+        // A peer is told, and a pod captured, only when it can keep its word: an SVID, or STRICT, where waiting is right. One
+        // that is captured already stays with the agent that serves it, if any, until this one can.
         let strict = modes(&local.listener).iter().any(|(_, mode)| *mode == Mode::Strict);
         let ready = matches!(local.identity, IdentityState::Ready(_));
-        if !strict && !ready && !self.control.kernel.is_enrolled(&workload.netns) {
+        let kernel = &self.control.kernel;
+        let may_wait = if kernel.is_captured(&workload.netns) { kernel.is_served(&workload.netns) } else { !strict };
+        if may_wait && !ready {
             return Err(Reason::IdentityPending.words().to_owned());
         }
         let enrolled = self.control.kernel.enrol(writer, workload, &local.listener, &self.changes).await;

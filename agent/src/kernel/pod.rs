@@ -77,9 +77,19 @@ pub struct PodSockets {
 }
 
 impl Kernel {
-    /// True where an agent before this one has enrolled the netns: it is captured already and must not wait.
-    pub fn is_enrolled(&self, netns: &Path) -> bool {
-        NetNs::open(netns).is_ok_and(|netns| self.maps.pods.get(&netns.cookie(), 0).is_ok())
+    /// True where the netns is captured, by this agent or one before it.
+    pub fn is_captured(&self, netns: &Path) -> bool {
+        self.entry(netns).is_some_and(|entry| entry.flags & CAPTURE != 0)
+    }
+
+    /// True where the listeners of an agent stand in the netns.
+    pub fn is_served(&self, netns: &Path) -> bool {
+        let served = |pod_id| self.maps.listeners.keys().flatten().any(|key: ListenerKey| key.pod_id == pod_id);
+        self.entry(netns).is_some_and(|entry| served(entry.pod_id))
+    }
+
+    fn entry(&self, netns: &Path) -> Option<PodEntry> {
+        NetNs::open(netns).ok().and_then(|netns| self.maps.pods.get(&netns.cookie(), 0).ok())
     }
 
     /// Enrols a pod, or takes over one that an agent before has enrolled: listeners, then steering, then the loop, then

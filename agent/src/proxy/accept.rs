@@ -10,6 +10,7 @@ use futures_util::FutureExt;
 use sealane_common::reason::Reason;
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 use tokio::time::sleep;
 
 use super::{Pod, serve};
@@ -68,26 +69,44 @@ pub(super) fn end_in_order(stream: &TcpStream) {
 
 /// Counts what is held at one time; limits may change while it is.
 #[derive(Clone, Default)]
-pub(super) struct Slots(Arc<AtomicUsize>);
+pub(super) struct Slots(Arc<Count>);
+
+#[derive(Default)]
+struct Count {
+    held: AtomicUsize,
+    freed: Notify,
+}
 
 /// One of the [`Slots`], until it is dropped.
-pub(super) struct Slot(Arc<AtomicUsize>);
+pub(super) struct Slot(Arc<Count>);
 
 impl Slots {
     /// `None` where `limit` are held already.
     pub(super) fn take(&self, limit: usize) -> Option<Slot> {
         let more = |held| (held < limit).then_some(held + 1);
-        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Slot(self.0.clone()))
+        self.0.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Slot(self.0.clone()))
+    }
+
+    /// Waits, first come first served, until fewer than `limit` are held.
+    pub(super) async fn wait(&self, limit: usize) -> Slot {
+        loop {
+            if let Some(slot) = self.take(limit) {
+                return slot;
+            }
+            // A slot that was freed meanwhile has left its permit.
+            self.0.freed.notified().await;
+        }
     }
 
     pub(super) fn held(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
+        self.0.held.load(Ordering::Relaxed)
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.held.fetch_sub(1, Ordering::Relaxed);
+        self.0.freed.notify_one();
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use tokio::time::timeout;
 use tokio_rustls::{LazyConfigAcceptor, TlsConnector, TlsStream};
 
 use super::Pod;
+use super::accept::{Slot, Slots};
 use super::error::{self, Failure};
 use super::stream::{Peer, Replay};
 use crate::metrics::{ConnRecord, TlsFacts};
@@ -22,6 +24,10 @@ use crate::tls::{self, VerifiedPeer};
 
 /// How long a peer that we refused may take to read our alert before the socket is closed for good.
 const ALERT_GRACE: Duration = Duration::from_secs(1);
+/// How long a connection may wait for its turn to be dialled: thousands at once take a while, and applications wait longer.
+const QUEUE: Duration = Duration::from_secs(30);
+/// A dial that is not answered within this gives its place away: a peer that is gone must not hold up the calls to others.
+const PROMPT: Duration = Duration::from_millis(250);
 
 /// The server's side, towards a peer that dialled the pod.
 pub(super) async fn server(
@@ -40,8 +46,9 @@ pub(super) async fn server(
             Ok(start) => start,
             Err(error) => return Err(Broken { failure: error::handshake(error), stream: hello.take_io() }),
         };
-        // Only now: peers that stay silent or dribble take no slot from those that have spoken.
-        let _slot = pod.inbound.handshakes.take(bounds.at_once).ok_or(Reason::HandshakeLimit)?;
+        // Only now: peers that stay silent or dribble take no place from those that have spoken. The other half of the time is
+        // the handshake's.
+        let _place = place(&pod.inbound.handshakes, bounds, bounds.time / 2).await?;
         Ok(TlsStream::Server(start.into_stream(config).into_fallible().await?))
     };
     run(pod, accept, bounds, record).await
@@ -53,15 +60,36 @@ pub(super) async fn client(
     config: Arc<rustls::ClientConfig>,
     stream: Replay,
     endpoint: IpAddr,
+    _place: Slot,
     bounds: Bounds,
     record: &mut ConnRecord,
 ) -> Result<(Peer, VerifiedPeer), Failure> {
     let name = ServerName::IpAddress(endpoint.into());
-    let connect = async {
-        let _slot = pod.outbound.handshakes.take(bounds.at_once).ok_or(Reason::HandshakeLimit)?;
-        Ok(TlsStream::Client(TlsConnector::from(config).connect(name, stream).into_fallible().await?))
-    };
+    let connect =
+        async { Ok(TlsStream::Client(TlsConnector::from(config).connect(name, stream).into_fallible().await?)) };
     run(pod, connect, bounds, record).await
+}
+
+/// Dials when there is a place among the pod's handshakes, and keeps it for [`client`]: a server that is dialled before its
+/// client can speak loses patience.
+pub(super) async fn in_turn<T>(
+    pod: &Pod,
+    bounds: Bounds,
+    dial: impl Future<Output = Result<T, Failure>>,
+) -> Result<(T, Slot), Failure> {
+    let slots = &pod.outbound.handshakes;
+    let mut dial = pin!(dial);
+    let first = place(slots, bounds, QUEUE).await?;
+    if let Ok(dialled) = timeout(PROMPT, dial.as_mut()).await {
+        return Ok((dialled?, first));
+    }
+    drop(first);
+    let dialled = dial.await?;
+    Ok((dialled, place(slots, bounds, bounds.time).await?))
+}
+
+async fn place(slots: &Slots, bounds: Bounds, time: Duration) -> Result<Slot, Reason> {
+    timeout(time, slots.wait(bounds.at_once)).await.map_err(|_| Reason::HandshakeLimit)
 }
 
 /// What a handshake may take.

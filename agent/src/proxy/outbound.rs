@@ -26,16 +26,22 @@ pub(super) async fn establish(
     })
     .await?;
     let permit = permit.spread(pod.turn());
-    let timeouts = view.now().timeouts;
-    let (stream, candidate) = dial::peer(pod, &permit, timeouts.connect, record).await?;
-    let (peer, carried, mtls, trust) = match (candidate.how(), tls) {
-        (How::Mtls { expected }, Some(tls)) => {
+    let bounds = Bounds::of(&view.now());
+    let dial = dial::peer(pod, &permit, view.now().timeouts.connect, record);
+    let ((stream, candidate), turn) = match tls {
+        Some(tls) => {
+            let (dialled, place) = handshake::in_turn(pod, bounds, dial).await?;
+            (dialled, Some((tls, place)))
+        }
+        None => (dial.await?, None),
+    };
+    let (peer, carried, mtls, trust) = match (candidate.how(), turn) {
+        (How::Mtls { expected }, Some((tls, place))) => {
             let own = tls.identity().svid.id.clone();
             record.local_id = Some(own.clone());
-            let bounds = Bounds::of(&view.now());
             let config = tls.client(expected.clone());
-            let (peer, verified) =
-                handshake::client(pod, config, Replay::from(stream), candidate.addr().ip(), bounds, record).await?;
+            let (stream, endpoint) = (Replay::from(stream), candidate.addr().ip());
+            let (peer, verified) = handshake::client(pod, config, stream, endpoint, place, bounds, record).await?;
             let mtls = MtlsFacts { own, peer: verified.id.clone() };
             (peer, Carried::Mtls, Some(mtls), Some(Trust::new(verified, &tls)))
         }

@@ -190,7 +190,16 @@ async fn handshakes_at_once_are_bounded() {
     let (mut silent, running) = lab.inbound(addr).await;
     assert_eq!(reason(running).await, Reason::HandshakeTimeout);
     assert!(is_reset(&mut silent).await);
-    drop(held);
+
+    // One that waits gets the place that is freed.
+    let (client, running) = lab.inbound(addr).await;
+    let free = async {
+        tokio::task::yield_now().await;
+        drop(held);
+    };
+    let (client, ()) = tokio::join!(lab.handshake("spiffe://td/web", client), free);
+    drop(client.unwrap());
+    assert_ne!(reason(running).await, Reason::HandshakeLimit);
 }
 
 #[tokio::test]
