@@ -177,6 +177,19 @@ impl Agent {
         found.with_context(|| format!("access log of {}: {:#?}", self.node.name, self.access()))
     }
 
+    /// Runs `attempt` and waits for the connection of that direction which ends next. Fails unless the access log and the
+    /// metrics agree that it, and it alone, was refused for this reason. Yields its entry.
+    pub fn refuses(&self, direction: &str, reason: &str, attempt: impl FnOnce() -> Result<()>) -> Result<Value> {
+        let (seen, counted) = (self.access().len(), self.metrics()?.refused(direction, reason));
+        attempt().with_context(|| reason.to_owned())?;
+        let next = || self.access().into_iter().skip(seen).find(|entry| entry["direction"] == direction);
+        let entry = poll::until("a refusal in the access log", PATIENCE, next).with_context(|| reason.to_owned())?;
+        ensure!(entry["outcome"] == reason && entry["mode"].is_null(), "{reason} expected: {entry}");
+        let now = self.metrics()?.refused(direction, reason);
+        ensure!(now == counted + 1.0, "{reason} counted {counted} times before, {now} after");
+        Ok(entry)
+    }
+
     /// The end of the log, as text.
     pub fn log_tail(&self) -> String {
         let text = fs::read_to_string(&self.log_file).unwrap_or_default();

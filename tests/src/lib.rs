@@ -10,6 +10,7 @@ pub mod agent;
 pub mod ca;
 pub mod cgroup;
 pub mod config;
+pub mod files;
 pub mod http;
 pub mod lab;
 pub mod metrics;
