@@ -154,6 +154,8 @@ pub struct TlsOutcome {
     pub alpn: Option<String>,
     /// The URI names of the server's certificate.
     pub peer_ids: Vec<String>,
+    /// Until when it is valid, in seconds since 1970.
+    pub peer_not_after: Option<i64>,
     /// What came back.
     pub text: String,
     /// The first error in words; that of an alert names it, as in `AccessDenied`.

@@ -79,7 +79,9 @@ pub fn run(args: &Args) -> Result<TlsOutcome> {
     }
     outcome.version = tls.conn.protocol_version().map(|version| format!("{version:?}"));
     outcome.alpn = tls.conn.alpn_protocol().map(|name| String::from_utf8_lossy(name).into_owned());
-    outcome.peer_ids = tls.conn.peer_certificates().and_then(|chain| uris(chain.first()?)).unwrap_or_default();
+    let leaf = tls.conn.peer_certificates().and_then(|chain| chain.first());
+    outcome.peer_ids = leaf.and_then(uris).unwrap_or_default();
+    outcome.peer_not_after = leaf.and_then(not_after);
     Ok(outcome)
 }
 
@@ -107,7 +109,15 @@ fn talk(tls: &mut StreamOwned<ClientConnection, TcpStream>, args: &Args, outcome
 }
 
 fn nothing() -> TlsOutcome {
-    TlsOutcome { handshake: false, version: None, alpn: None, peer_ids: Vec::new(), text: String::new(), error: None }
+    TlsOutcome {
+        handshake: false,
+        version: None,
+        alpn: None,
+        peer_ids: Vec::new(),
+        peer_not_after: None,
+        text: String::new(),
+        error: None,
+    }
 }
 
 /// Asks for a client certificate, takes any, echoes.
@@ -199,6 +209,11 @@ fn uris(certificate: &CertificateDer<'_>) -> Option<Vec<String>> {
     let names = certificate.subject_alternative_name().ok()??.value.general_names.clone();
     let uri = |name: &GeneralName<'_>| if let GeneralName::URI(uri) = name { Some((*uri).to_owned()) } else { None };
     Some(names.iter().filter_map(uri).collect())
+}
+
+fn not_after(certificate: &CertificateDer<'_>) -> Option<i64> {
+    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+    Some(certificate.validity().not_after.timestamp())
 }
 
 /// Trusts every certificate, as long as its owner signs the handshake.
