@@ -12,7 +12,7 @@ use sealane_tests::trio::Trio;
 use sealane_tests::wire::Capture;
 use serde_json::json;
 
-use crate::{MARKER, SEND, ping, reset, reset_in_the_end, started, wait_identity, wait_open};
+use crate::{MARKER, SEND, edit, ping, reset, reset_in_the_end, started, wait_identity, wait_open};
 
 #[test]
 fn a_withdrawn_identity_ends_what_rests_on_it_and_never_means_plaintext() -> Result<()> {
@@ -57,7 +57,7 @@ fn another_id_ends_what_rests_on_the_old_one() -> Result<()> {
     files.give_sound(&["web", "api"])?;
     let server = api.serve(8080, &[])?;
     let (a, b) = trio.mesh.start_with(|config| {
-        files.feed(config);
+        edit(&files, config);
         // So that the application hears of no call that is refused.
         config.timeouts.insert("peek".into(), "10s".into());
     })?;

@@ -11,7 +11,7 @@ use sealane_tests::trio::Trio;
 use sealane_tests::wire::Capture;
 use serde_json::{Value, json};
 
-use crate::{MARKER, SEND, SOON, identity, reset, scene};
+use crate::{MARKER, SEND, SOON, edit, identity, reset, scene, wait_identity};
 
 #[test]
 fn a_connection_waits_for_the_first_svid_at_either_end() -> Result<()> {
@@ -45,7 +45,7 @@ fn a_connection_does_not_wait_for_ever() -> Result<()> {
     let (a, b) = start(&trio, &files, "300ms")?;
     a.refuses("outbound", "identity_pending", || reset(&web.connect(api.at(8080), &SEND)?))?;
     files.give_sound(&["web"])?;
-    crate::wait_identity(&a, "web", "state", &json!("ready"))?;
+    wait_identity(&a, "web", "state", &json!("ready"))?;
     b.refuses("inbound", "identity_pending", || reset(&web.connect(api.at(8080), &SEND)?))?;
     assert_eq!(server.events().len(), 1, "only that it listens");
     Ok(())
@@ -58,7 +58,7 @@ fn a_pod_that_strict_does_not_bind_is_enrolled_with_its_first_svid() -> Result<(
     let server = trio.api.serve(8080, &[])?;
     let configs = [&trio.lab.a, &trio.lab.b].map(|node| {
         let mut config = trio.mesh.config(node);
-        files.feed(&mut config);
+        edit(&files, &mut config);
         config
     });
     let (a, _b) = (Agent::spawn(&trio.lab.a, &configs[0])?, Agent::start(&trio.lab.b, &configs[1])?);
@@ -78,8 +78,8 @@ fn a_pod_that_strict_does_not_bind_is_enrolled_with_its_first_svid() -> Result<(
 /// Both agents, which have the pods but no SVID.
 fn start(trio: &Trio, files: &Files, wait: &str) -> Result<(Agent, Agent)> {
     let edited = |mut config: Config| {
-        files.feed(&mut config);
-        config.timeouts.extend([("svidWait".into(), wait.into()), ("handshake".into(), "60s".into())]);
+        edit(files, &mut config);
+        config.timeouts.insert("svidWait".into(), wait.into());
         config
     };
     let agents = (

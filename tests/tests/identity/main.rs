@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Result, ensure};
 use sealane_tests::agent::Agent;
 use sealane_tests::ca::{Ca, Svid};
+use sealane_tests::config::Config;
 use sealane_tests::files::Files;
 use sealane_tests::pod::Pod;
 use sealane_tests::poll;
@@ -19,7 +20,7 @@ use sealane_tests::trio::Trio;
 use serde_json::Value;
 
 /// Bounds on what the agents do within a tick or two, and on this machine's load.
-const SOON: Duration = Duration::from_secs(15);
+const SOON: Duration = Duration::from_secs(30);
 
 /// What must not be seen on the wire.
 const MARKER: &str = "a-marker-that-must-not-be-seen";
@@ -38,14 +39,20 @@ fn scene(name: &str) -> Result<(Trio, Files)> {
 fn started(name: &str) -> Result<(Trio, Files, Agent, Agent)> {
     let (trio, files) = scene(name)?;
     files.give_sound(&["web", "api"])?;
-    let (a, b) = trio.mesh.start_with(|config| files.feed(config))?;
+    let (a, b) = trio.mesh.start_with(|config| edit(&files, config))?;
     Ok((trio, files, a, b))
+}
+
+/// The files, and time enough for a handshake on a machine that is busy.
+fn edit(files: &Files, config: &mut Config) {
+    files.feed(config);
+    config.timeouts.insert("handshake".into(), "30s".into());
 }
 
 /// A connection that stays open and busy.
 fn ping(from: &Pod, to: &Pod) -> Result<Running> {
     let to = to.at(8080).to_string();
-    from.start_testpod(&["ping", "--to", &to, "--text", MARKER, "--millis", "120000", "--limit", "15000"])
+    from.start_testpod(&["ping", "--to", &to, "--text", MARKER, "--millis", "120000", "--limit", "30000"])
 }
 
 /// It echoed, and a reset ended it.

@@ -8,7 +8,7 @@ use sealane_tests::files::Files;
 use sealane_tests::trio::Trio;
 use serde_json::json;
 
-use crate::{SEND, ping, reset, reset_in_the_end, wait_echoes, wait_open};
+use crate::{SEND, edit, ping, reset, reset_in_the_end, wait_echoes, wait_open};
 
 #[test]
 fn a_caller_that_allow_no_longer_names_loses_its_connections_and_nobody_else_does() -> Result<()> {
@@ -19,13 +19,13 @@ fn a_caller_that_allow_no_longer_names_loses_its_connections_and_nobody_else_doe
     let files = Files::new(&trio.lab)?;
     files.give_sound(&["web", "api", "cli"])?;
     let _server = trio.api.serve(8080, &[])?;
-    let (a, b) = trio.mesh.start_with(|config| files.feed(config))?;
+    let (a, b) = trio.mesh.start_with(|config| edit(&files, config))?;
     let leaving = [ping(&trio.web, &trio.api)?, ping(&trio.web, &trio.api)?];
     let _staying = ping(&cli, &trio.api)?;
     wait_open(&b, "api", 3.0)?;
 
     let mut config: Config = trio.mesh.config(&trio.lab.b);
-    files.feed(&mut config);
+    edit(&files, &mut config);
     config.policies[0]["listener"]["allow"] = allow(&["cli"]);
     let begun = Instant::now();
     b.reload(&config)?;

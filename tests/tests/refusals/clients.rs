@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use sealane_tests::agent::Agent;
 use sealane_tests::pod::Pod;
+use sealane_tests::poll;
 use sealane_tests::report::{End, Event, TlsOutcome};
 use sealane_tests::testpod::Server;
 use serde_json::json;
@@ -75,9 +76,6 @@ fn what_is_no_handshake_is_reset_without_an_answer() -> Result<()> {
         for bytes in [&noise, &noise[..1], b"GET / HTTP/1.1\r\nHost: api\r\n\r\n", b"\n", b"\x80\x2e\x01\0\x02"] {
             unanswered(&b, out, "not_tls", |_| speak(to, bytes))?;
         }
-        unanswered(&b, out, "handshake_timeout", |_| speak(to, b""))?;
-        unanswered(&b, out, "handshake_timeout", |_| speak(to, HELLO_BEGINS))?;
-        unanswered(&b, out, "handshake_timeout", |_| dribble(to))?;
     }
     b.refuses("inbound", "handshake_closed", || {
         out.netns.run(|| {
@@ -96,6 +94,24 @@ fn what_is_no_handshake_is_reset_without_an_answer() -> Result<()> {
     })?;
     assert_eq!(accepted(&server), 0, "accepted nothing of it");
     lives(&scene, api.at(8080), &server, 1)
+}
+
+#[test]
+fn a_hello_that_never_ends_is_reset_in_the_end() -> Result<()> {
+    let scene = Scene::new("endless", json!({ "mode": "STRICT" }))?;
+    let (api, out) = (&scene.trio.api, &scene.trio.out);
+    let server = api.serve(8080, &[])?;
+    let (_a, b) = scene.trio.mesh.start_with(|config| scene.hasten(config))?;
+    for to in [api.at(8080), api.at6(8080)] {
+        unanswered(&b, out, "handshake_timeout", |_| speak(to, b""))?;
+        unanswered(&b, out, "handshake_timeout", |_| speak(to, HELLO_BEGINS))?;
+        unanswered(&b, out, "handshake_timeout", |_| dribble(to))?;
+    }
+    assert_eq!(accepted(&server), 0, "accepted nothing of it");
+    // Whose own handshake may be late as well, where the machine is busy.
+    poll::until_true("the agent lives", SOON, || {
+        scene.trio.web.connect(api.at(8080), &SEND).is_ok_and(|outcome| outcome.echoed())
+    })
 }
 
 /// A call of `web`'s is carried, and its connection is the `count`th that the application has accepted.

@@ -5,7 +5,7 @@ use sealane_tests::agent::Agent;
 use sealane_tests::report::{End, Outcome};
 use serde_json::json;
 
-use crate::{MARKER, SEND, Scene, accepted, reset};
+use crate::{MARKER, SEND, SOON, Scene, accepted, reset};
 
 #[test]
 fn a_permissive_port_takes_both_and_counts_plaintext_and_a_strict_one_does_not() -> Result<()> {
@@ -16,7 +16,8 @@ fn a_permissive_port_takes_both_and_counts_plaintext_and_a_strict_one_does_not()
     let servers = [api.serve(8080, &[])?, api.serve(8081, &first)?, api.serve(8082, &[])?, api.serve(8083, &first)?];
     let (_a, b) = scene.trio.mesh.start_with(|config| {
         scene.edit(config);
-        config.timeouts.remove("peek");
+        // A client's hello may take that long where the machine is busy; a server that speaks first has then not begun.
+        config.timeouts.insert("peek".into(), "3s".into());
     })?;
     let (says, hears): (&[&str], &[&str]) = (&SEND, &["--expect", "17"]);
     for (at, port) in [api.at(0), api.at6(0)].into_iter().flat_map(|at| (8080..8084).map(move |port| (at.ip(), port))) {
@@ -34,16 +35,14 @@ fn a_permissive_port_takes_both_and_counts_plaintext_and_a_strict_one_does_not()
             assert!(good(&outcome), "plaintext to {to}: {outcome:?}");
             assert_eq!([plaintext(&b, port)?, mtls(&b)?], [before[0] + 1.0, before[1] + 1.0], "plaintext to {to}");
         } else {
-            let server = &servers[usize::from(port - 8080)];
-            let taken = accepted(server);
-            // Who waits for the server to speak first has sent nothing yet that could be refused.
-            b.refuses("inbound", if port == 8082 { "not_tls" } else { "handshake_timeout" }, || {
-                let outcome = out.connect(to, args)?;
-                reset(&outcome)
-            })?;
-            assert_eq!(accepted(server), taken, "{to}");
+            b.refuses("inbound", "not_tls", || reset(&out.connect(to, &SEND)?))?;
             assert_eq!(plaintext(&b, port)?, 0.0, "{to}");
         }
+    }
+    // One by each family, and on the first two ports by each client.
+    for (server, count) in servers.iter().zip([4, 4, 2, 2]) {
+        server.wait(SOON, |_| accepted(server) >= count)?;
+        assert_eq!(accepted(server), count);
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use sealane_tests::agent::Agent;
-use sealane_tests::config::spiffe_id;
+use sealane_tests::config::{Config, spiffe_id};
 use sealane_tests::lab::WIRE;
 use sealane_tests::pod::Pod;
 use sealane_tests::report::Event;
@@ -17,7 +17,7 @@ use crate::{MARKER, SEND, SOON, Scene, accepted, reset};
 fn a_server_that_is_not_the_peer_gets_no_byte_of_the_application() -> Result<()> {
     let scene = Scene::new("servers", json!({ "mode": "PERMISSIVE" }))?;
     let (web, api, lab) = (&scene.trio.web, &scene.trio.api, &scene.trio.lab);
-    let a = one_agent(&scene)?;
+    let a = one_agent(&scene, |_| {})?;
     let wire = Capture::start(&lab.a.netns, WIRE)?;
 
     let mut bad: Vec<_> = scene.bad_svids("api")?.into_iter().map(|(svid, reason, _)| (svid, reason)).collect();
@@ -51,20 +51,32 @@ fn a_server_that_is_not_the_peer_gets_no_byte_of_the_application() -> Result<()>
 fn a_server_that_speaks_no_tls_gets_no_byte_of_the_application() -> Result<()> {
     let scene = Scene::new("no-tls", json!({ "mode": "PERMISSIVE" }))?;
     let (web, api) = (&scene.trio.web, &scene.trio.api);
-    let a = one_agent(&scene)?;
+    let a = one_agent(&scene, |_| {})?;
     let wire = Capture::start(&scene.trio.lab.a.netns, WIRE)?;
     for (port, mode, reason) in [
         (8081, "first", "not_tls"),
         (8082, "echo", "tls_misbehaved"),
         (8083, "close", "handshake_closed"),
         (8084, "reset", "handshake_closed"),
-        (8085, "hold", "handshake_timeout"),
     ] {
         let server = api.serve(port, &["--mode", mode])?;
         resets(&a, web, api, port, reason)?;
         assert_eq!(accepted(&server), 1, "{mode}: tried once, and not again in plaintext");
     }
     resets(&a, web, api, 8086, "connect_refused")?;
+    assert!(!wire.stop()?.contains(MARKER.as_bytes())?, "plaintext on the wire");
+    Ok(())
+}
+
+#[test]
+fn a_server_that_never_answers_gets_no_byte_of_the_application() -> Result<()> {
+    let scene = Scene::new("silent", json!({ "mode": "PERMISSIVE" }))?;
+    let (web, api) = (&scene.trio.web, &scene.trio.api);
+    let a = one_agent(&scene, |config| scene.hasten(config))?;
+    let wire = Capture::start(&scene.trio.lab.a.netns, WIRE)?;
+    let server = api.serve(8080, &["--mode", "hold"])?;
+    resets(&a, web, api, 8080, "handshake_timeout")?;
+    assert_eq!(accepted(&server), 1, "tried once, and not again in plaintext");
     assert!(!wire.stop()?.contains(MARKER.as_bytes())?, "plaintext on the wire");
     Ok(())
 }
@@ -91,9 +103,10 @@ fn a_server_that_refuses_us_tells_why() -> Result<()> {
 }
 
 /// node-a's; there is none where the servers are.
-fn one_agent(scene: &Scene) -> Result<Agent> {
+fn one_agent(scene: &Scene, edit: impl Fn(&mut Config)) -> Result<Agent> {
     let mut config = scene.trio.mesh.config(&scene.trio.lab.a);
     scene.edit(&mut config);
+    edit(&mut config);
     Agent::start(&scene.trio.lab.a, &config)
 }
 
