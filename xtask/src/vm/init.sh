@@ -12,5 +12,5 @@ export PATH=/bin
 for module in /modules/*; do /busybox insmod "$module"; done
 ip link set lo up
 /tests/vm --test-threads=1 --color=never "$@"
-echo "the tests have ended: $?"
+printf '\nthe tests have ended: %s\n' $?
 /busybox poweroff -f

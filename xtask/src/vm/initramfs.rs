@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 
 use super::kernel::Kernel;
-use crate::host::{root, run, which};
+use crate::host::{run, target, which};
 
 /// A line of the console that begins with it (see init.sh) ends with the tests' exit code.
 pub const END: &str = "the tests have ended: ";
@@ -30,7 +30,7 @@ pub struct Programs {
 
 /// Writes the archive for a kernel; yields its path.
 pub fn build(programs: &Programs, kernel: &Kernel) -> Result<PathBuf> {
-    let dir = root().join("target/vm/root");
+    let dir = target()?.join("vm/root");
     let _ = fs::remove_dir_all(&dir);
     for mount_point in ["bin", "dev", "modules", "proc", "run", "sys", "tests", "tmp"] {
         fs::create_dir_all(dir.join(mount_point))?;

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::host::{apt, output, root, run, say};
+use crate::host::{apt, output, run, say, target};
 
 /// A kernel that can be booted.
 pub struct Kernel {
@@ -26,7 +26,7 @@ pub fn fetch(series: &str) -> Result<Kernel> {
         found = newest(series)?;
     }
     let package = found.context("no package linux-image-*-cloud-amd64 of this series; Debian has them")?;
-    let dir = root().join("target/vm").join(&package);
+    let dir = target()?.join("vm").join(&package);
     if !dir.exists() {
         say(&format!("downloading {package}"));
         download(&package, &dir).or_else(|_| {
