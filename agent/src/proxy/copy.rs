@@ -94,9 +94,45 @@ impl Flow {
         self.write_error.is_some()
     }
 
+    /// Where the destination is gone, the source is still read and what it sends discarded: it may be waiting to get that out
+    /// before it takes what the other direction has for it, the end included.
+    ///
     /// `source_broken`: the other direction failed to write to our source. What it sent before is still moved, but the end
     /// that we then read is not one.
     fn poll<S, D>(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: &mut S,
+        destination: &mut D,
+        source_broken: bool,
+        count: impl Fn(usize),
+    ) -> Poll<End>
+    where
+        S: AsyncRead + Unpin,
+        D: AsyncWrite + Unpin,
+    {
+        match self.poll_move(cx, source, destination, source_broken, count) {
+            Poll::Ready(End::WriteFailed) => Poll::Ready(self.discard(cx, source)),
+            other => other,
+        }
+    }
+
+    fn discard<S: AsyncRead + Unpin>(&mut self, cx: &mut Context<'_>, source: &mut S) -> End {
+        while !matches!(self.stage, Stage::Done) {
+            match self.poll_fill(cx, source) {
+                Poll::Ready(Ok(0)) => self.stage = Stage::Done,
+                Poll::Ready(Ok(_)) => self.buffer.clear(),
+                Poll::Ready(Err(error)) => {
+                    self.read_error = Some(error);
+                    return End::ReadFailed;
+                }
+                Poll::Pending => break,
+            }
+        }
+        End::WriteFailed
+    }
+
+    fn poll_move<S, D>(
         &mut self,
         cx: &mut Context<'_>,
         source: &mut S,

@@ -278,3 +278,24 @@ async fn an_idle_direction_holds_no_buffer() {
     peer.read_exact(&mut read).await.unwrap();
     assert_eq!(flow.buffer.capacity(), 0);
 }
+
+/// Both wait for the other to read: the application cannot take what is there for it before it has got out what it writes.
+#[tokio::test]
+async fn an_application_that_is_blocked_in_writing_learns_that_its_peer_is_gone() {
+    let (mut app, mut peer, copy) = tls().await;
+    // More than every buffer between the two holds.
+    let flood = vec![0; 64 << 20];
+    let app = tokio::spawn(async move {
+        let written = app.write_all(&flood).await;
+        (written, read_all(&mut app).await)
+    });
+    // Ends when the other direction is full too.
+    let piece = vec![0; 1 << 20];
+    while timeout(Duration::from_millis(500), peer.write_all(&piece)).await.is_ok() {}
+    SockRef::from(peer.get_ref().0).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(peer);
+    let (result, _) = outcome(copy).await;
+    assert_eq!(result.unwrap_err().reason, Reason::PeerReset);
+    let (written, read) = timeout(LONG, app).await.expect("the application goes on").unwrap();
+    assert!(written.is_err() || read.is_err());
+}
