@@ -35,6 +35,13 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // A panic must not leave a connection half alive: the process ends, and SO_LINGER resets every peer. By a hook rather than by
+    // the profile, which would build everything twice, as tests need to unwind.
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
     let args = Args::parse();
     tracing_subscriber::fmt().json().flatten_event(true).with_env_filter(args.log).init();
     let result = match args.command {

@@ -47,7 +47,7 @@ pub fn tier(series: &[impl AsRef<str>], filter: Option<&str>) -> Result<Tally> {
     ensure!(ARCH == "x86_64", "tests on other kernels are not prepared for {ARCH}");
     need(&[("qemu-system-x86_64", "qemu-system-x86"), ("cpio", "cpio"), ("busybox", "busybox-static")])
         .context("tests on other kernels need a virtual machine")?;
-    // Optimised, as emulation is slow enough; the harness itself does little.
+    // Optimised, as emulation is slow enough.
     let binaries = build::agent(true, &["sealane", "sealane-tests"])?;
     let programs = Programs { test, agent: binaries.join("sealane"), testpod: binaries.join("testpod") };
     let mut all = Tally::default();
@@ -63,7 +63,7 @@ pub fn tier(series: &[impl AsRef<str>], filter: Option<&str>) -> Result<Tally> {
 /// Builds tests/tests/vm.rs; yields the program.
 fn test_binary() -> Result<PathBuf> {
     let mut build = cargo();
-    build.args(["test", "--quiet", "--package", "sealane-tests", "--test", "vm", "--no-run"]);
+    build.args(["test", "--quiet", "--release", "--package", "sealane-tests", "--test", "vm", "--no-run"]);
     let messages = output(build.arg("--message-format=json"))?;
     let mut messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     let built = messages.find_map(|message| {
