@@ -1,5 +1,6 @@
 //! Packets, and the streams that their segments make.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
@@ -79,14 +80,16 @@ impl Packet {
 /// Puts segments together; a SYN with another number begins a new flow between the same ends.
 pub fn flows(packets: &[Packet]) -> Vec<Flow> {
     let mut flows: Vec<Flow> = Vec::new();
+    let mut latest: HashMap<(SocketAddr, SocketAddr), usize> = HashMap::new();
     for (packet, segment) in packets.iter().filter_map(|packet| Some((packet, packet.tcp?))) {
         let first = if segment.syn { segment.seq.wrapping_add(1) } else { segment.seq };
-        let same = |flow: &Flow| flow.src == packet.src && flow.dst == packet.dst;
-        let known = flows.iter().rposition(same).filter(|at| !segment.syn || flows[*at].start == first);
+        let ends = (packet.src, packet.dst);
+        let known = latest.get(&ends).copied().filter(|at| !segment.syn || flows[*at].start == first);
         let at = known.unwrap_or_else(|| {
             flows.push(Flow::new(packet.src, packet.dst, first));
             flows.len() - 1
         });
+        latest.insert(ends, at);
         flows[at].add(first, segment, &packet.payload);
     }
     for flow in &mut flows {
