@@ -292,8 +292,8 @@ impl Kernel {
         maps::converge(&mut self.maps.listening_before, &none, |key| key.pod_id == id)
             .map_err(map_error("LISTENING_BEFORE"))?;
         maps::remove(&mut self.maps.rules, &id).map_err(map_error("POD_RULES"))?;
-        maps::remove(&mut self.maps.records, &id).map_err(map_error("POD_RECORDS"))?;
-        remove_link(&links::lookup_path(&self.dir, id))
+        remove_link(&links::lookup_path(&self.dir, id))?;
+        maps::remove(&mut self.maps.records, &id).map_err(map_error("POD_RECORDS"))
     }
 
     /// Every enrolment that the maps know, with the path of its netns.
@@ -332,8 +332,8 @@ impl Kernel {
         self.forget(id)
     }
 
-    /// The number that the netns has, or a new one: above every number in use, so that a late entry of an old pod can never
-    /// mean a new one.
+    /// The number that the netns has, or a new one: above every number in use. A number is free again only when its record has
+    /// gone, which goes last.
     fn pod_id(&self, netns: &NetNs) -> Result<u32, KernelError> {
         if let Ok(entry) = self.maps.pods.get(&netns.cookie(), 0) {
             return Ok(entry.pod_id);

@@ -113,7 +113,7 @@ impl Flow {
     {
         match self.poll_move(cx, source, destination, source_broken, count) {
             Poll::Ready(End::WriteFailed) => Poll::Ready(self.discard(cx, source)),
-            other => other,
+            end @ (Poll::Ready(End::InOrder | End::ReadFailed) | Poll::Pending) => end,
         }
     }
 
