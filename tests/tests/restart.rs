@@ -80,14 +80,14 @@ fn a_killed_agent_leaks_nothing_and_resets_what_was_open() -> Result<()> {
     let _hold = scene.api.serve(8082, &["--mode", "hold", "--quiet"])?;
     let enough = scene.signal_file();
     let until = enough.to_string_lossy();
-    // Nobody widens a pod's ports that is not enrolled, and the loop is long.
+    // Nobody widens a pod's ports that is not enrolled, and the loop is long. It pauses, since the captures hold it too.
     scene.stranger.netns.sysctl("net/ipv4/tcp_tw_reuse", "1")?;
     let _others = scene.other.serve(9090, &["--quiet", "--limit", "600"])?;
     let others = |args: &[&str]| {
         let to = scene.other.at(9090).to_string();
         scene.stranger.start_testpod(&[args, &["--to", &to, "--until", &until, "--millis", "600000"]].concat())
     };
-    let (other_ping, other_load) = (others(&["ping"])?, others(&["load", "--workers", "2"])?);
+    let (other_ping, other_load) = (others(&["ping"])?, others(&["load", "--workers", "2", "--every", "5"])?);
 
     for victim in ["a", "b"] {
         let captures = scene.captures()?;

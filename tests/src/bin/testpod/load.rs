@@ -32,6 +32,9 @@ pub struct Args {
     /// Stop when this file exists.
     #[arg(long)]
     until: Option<PathBuf>,
+    /// Each worker's pause between two connections, in milliseconds.
+    #[arg(long, default_value_t = 0)]
+    every: u64,
     /// Send these bytes, each time.
     #[arg(long, conflicts_with = "bytes")]
     text: Option<String>,
@@ -65,6 +68,9 @@ pub fn run(args: &Args) -> Load {
             note(&mut load, result, begun.elapsed());
             if args.together {
                 return load;
+            }
+            if args.every > 0 {
+                std::thread::park_timeout(Duration::from_millis(args.every));
             }
         }
     };
