@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
@@ -23,6 +24,8 @@ use crate::wire::flow::{Flow, Packet, flows};
 const FRAME: usize = 128 * 1024;
 /// Bytes of frames that the kernel may hold while we are not scheduled.
 const BACKLOG: usize = 256 * 1024 * 1024;
+/// Enough to read it: far more than a gibibyte a second is read.
+const BACKLOG_TIME: Duration = Duration::from_secs(1);
 
 /// A running capture; it sees every frame once, whichever way it goes.
 #[derive(Debug)]
@@ -110,9 +113,14 @@ impl Trace {
 
 fn read(socket: &OwnedFd, index: usize, stop: &AtomicBool) -> Result<Vec<Vec<u8>>> {
     let (mut frames, mut buffer) = (Vec::new(), vec![0; FRAME]);
+    let mut stopped: Option<Instant> = None;
     loop {
-        // Read before the receive: what was queued before the stop is then still taken.
+        // Read before the receive: what was queued before the stop is then still taken, but not for as long as others go on
+        // sending.
         let last = stop.load(Ordering::Relaxed);
+        if last && stopped.get_or_insert_with(Instant::now).elapsed() > BACKLOG_TIME {
+            return Ok(frames);
+        }
         match recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut buffer) {
             Ok((size, from)) if from.is_some_and(|from| from.ifindex() == index) => {
                 frames.push(buffer[..size].to_vec())

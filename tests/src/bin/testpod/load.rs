@@ -69,8 +69,10 @@ pub fn run(args: &Args) -> Load {
             if args.together {
                 return load;
             }
-            if args.every > 0 {
-                std::thread::park_timeout(Duration::from_millis(args.every));
+            // Parking alone returns at once where a thread of the exchange has just ended.
+            let next = Instant::now() + Duration::from_millis(args.every);
+            while let Some(left) = next.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+                std::thread::park_timeout(left);
             }
         }
     };
